@@ -1,0 +1,125 @@
+"""The reference corpus: Python source of lock-pinned packages, listed file by file in a committed manifest."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+from qlib.errors import UserError
+
+__all__ = ["Document", "SPLITS", "MANIFEST", "read_split", "manifest_hash", "build_manifest"]
+
+MANIFEST = Path(__file__).with_name("reference-1.tsv")
+SPLITS = ("train", "calibration", "development", "evaluation")
+#: What trains the model. Wheels of these are built once per release, so a version pins the text.
+PACKAGES = (
+    "numpy scipy pandas scikit-learn matplotlib sympy networkx transformers torch seaborn nltk fonttools mpmath "
+    "huggingface_hub peft accelerate datasets pydantic papermill nbconvert lm_eval joblib ipython tornado"
+).split()
+#: CPU and CUDA builds of torch differ in a few files; nothing that `make report` reads may depend on the build.
+TRAIN_ONLY = ("torch",)
+GENERATED = ("version.py", "_version.py", "__config__.py", "_distributor_init.py")
+SMALLEST, LARGEST = 1_000, 200_000  # bytes; shorter files are stubs, longer ones tables
+
+
+@dataclass(frozen=True)
+class Document:
+    """One source file: its package-relative path and its text."""
+
+    path: str
+    text: str
+
+
+@lru_cache(maxsize=None)
+def _files(package: str) -> dict[str, Path]:
+    try:
+        files = metadata.distribution(package).files or []
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            f"corpus: package '{package}' is not installed; install requirements.lock (`make env`)"
+        ) from None
+    return {str(f): Path(f.locate()) for f in files if f.suffix == ".py" and ".." not in f.parts}
+
+
+def _entries() -> list[tuple[str, str, str, str]]:
+    """Rows of the manifest: split, package, SHA-256, path."""
+    lines = MANIFEST.read_text(encoding="utf-8").splitlines()
+    return [tuple(line.split("\t")) for line in lines if line and not line.startswith("#")]  # type: ignore[misc]
+
+
+def manifest_hash() -> str:
+    """SHA-256 of the manifest, which fixes every byte of the corpus."""
+    return hashlib.sha256(MANIFEST.read_bytes()).hexdigest()
+
+
+def read_split(split: str) -> list[Document]:
+    """Read the documents of one split and verify each against the manifest.
+
+    Raises:
+        UserError: unknown split; a file that is missing or differs from the one the numbers were published on.
+    """
+    if split not in SPLITS:
+        raise UserError(f"corpus: split '{split}' is unknown; allowed: {', '.join(SPLITS)}")
+    documents = []
+    for name, package, digest, path in _entries():
+        if name != split:
+            continue
+        file = _files(package).get(path)
+        if file is None or not file.is_file():
+            raise UserError(f"corpus: {path} of {package} is missing; reinstall requirements.lock (`make env`)")
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise UserError(
+                f"corpus: {path} of {package} {metadata.version(package)} differs from the manifest "
+                f"{MANIFEST.name}; install the versions of requirements.lock (`make env`)"
+            )
+        documents.append(Document(path, data.decode("utf-8")))
+    return documents
+
+
+def _candidates() -> list[tuple[str, str, bytes]]:
+    rows = []
+    for package in PACKAGES:
+        for path, file in sorted(_files(package).items()):
+            if Path(path).name in GENERATED or not file.is_file():
+                continue
+            data = file.read_bytes()
+            if SMALLEST <= len(data) <= LARGEST and _is_prose(data):
+                rows.append((package, path, data))
+    return rows
+
+
+def _is_prose(data: bytes) -> bool:
+    """True for UTF-8 source that is mostly words: tables of numbers teach a language model nothing."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    letters = sum(map(text.count, "etaoinsr_"))
+    return letters > 0.2 * len(text) and max(map(len, text.splitlines())) < 1000
+
+
+def _split_of(package: str, data: bytes) -> str:
+    """10 % evaluation, 3 % development, 3 % calibration, drawn by content so that no order can leak."""
+    if package in TRAIN_ONLY:
+        return "train"
+    draw = int.from_bytes(hashlib.sha256(b"reference-1" + data).digest()[:4], "big") % 100
+    return "evaluation" if draw < 10 else "development" if draw < 13 else "calibration" if draw < 16 else "train"
+
+
+def build_manifest(target: Path = MANIFEST) -> dict[str, int]:
+    """Scan the installed packages, drop exact and near duplicates, split by document and write the manifest.
+
+    Held-out documents are considered first, so that a file like them is dropped from the training text and not
+    the other way round. Returns the number of documents per split.
+    """
+    from qlib.data.dedupe import keep_distinct
+
+    rows = [(_split_of(package, data), package, path, data) for package, path, data in _candidates()]
+    rows.sort(key=lambda row: (row[0] == "train", row[1], row[2]))
+    kept = [rows[i] for i in keep_distinct([data.decode("utf-8") for *_, data in rows])]
+    header = "# " + " ".join(f"{name}=={metadata.version(name)}" for name in PACKAGES)
+    lines = ["\t".join((s, p, hashlib.sha256(d).hexdigest(), path)) for s, p, path, d in kept]
+    target.write_text("\n".join([header, *lines, ""]), encoding="utf-8")
+    return {split: sum(row[0] == split for row in kept) for split in SPLITS}

@@ -1,0 +1,56 @@
+"""Train a byte-level BPE tokenizer and turn documents into token ids."""
+
+from typing import Iterable, Sequence
+
+import numpy as np
+
+from qlib.errors import UserError
+
+__all__ = ["END", "train_tokenizer", "start_token", "encode", "encode_stream"]
+
+END = "<|endoftext|>"  # ends a document, and stands before a text as its only context
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int):
+    """Train byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) and return a Hugging Face fast tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, bos_token=END)
+
+
+def start_token(tokenizer) -> int:
+    """The id that stands before a text: beginning-of-text if the tokenizer has one, else end-of-text.
+
+    Raises:
+        UserError: it has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError("tokenizer: has neither a beginning-of-text nor an end-of-text token")
+
+
+def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of every text, without special tokens."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def encode_stream(tokenizer, texts: Sequence[str], chunk: int = 256) -> np.ndarray:
+    """One stream of ids `[tokens]`, every text preceded by the start token; uint16 where the vocabulary fits."""
+    start = start_token(tokenizer)
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    parts = []
+    for at in range(0, len(texts), chunk):
+        for ids in encode(tokenizer, texts[at : at + chunk]):
+            parts.append(np.array([start, *ids], dtype=dtype))
+    return np.concatenate(parts)

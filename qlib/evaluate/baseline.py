@@ -1,0 +1,110 @@
+"""The uncompressed model's answers, computed once for a model, data and protocol, and kept as an artefact."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+
+from qlib.evaluate.items import Item
+from qlib.evaluate.precision import in_float32
+from qlib.evaluate.quality import log_probabilities, score_items, score_windows
+from qlib.models.load import Subject, load
+from qlib.paths import cache_folder
+
+__all__ = ["Answers", "answer", "baseline_answers", "divergence", "weights_hash"]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says about the evaluation data.
+
+    Attributes:
+        inside, alone: log-likelihood of each option behind its context, and alone `[items, options]`.
+        nll, tokens: per window `[windows]`.
+    """
+
+    inside: np.ndarray
+    alone: np.ndarray
+    nll: np.ndarray
+    tokens: np.ndarray
+
+
+def answer(subject: Subject, items: Sequence[Item], windows: Sequence[Sequence[int]], start: int) -> Answers:
+    """Score items and windows in fp32."""
+    logits_of = logits_function(subject)
+    with in_float32(subject.model):
+        inside, alone = score_items(logits_of, items, start)
+        scores = score_windows(logits_of, windows, start)
+    return Answers(inside, alone, scores.nll, scores.tokens)
+
+
+def logits_function(subject: Subject):
+    """Token ids in, logits out."""
+    model = subject.model
+    return lambda ids: model(input_ids=ids.to(model.device), use_cache=False).logits
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over configuration and weights of a model folder."""
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def baseline_answers(
+    subject: Subject,
+    items: Sequence[Item],
+    windows: Sequence[Sequence[int]],
+    shown: Sequence[Sequence[int]],
+    start: int,
+    protocol: dict[str, Any],
+) -> tuple[Answers, np.ndarray]:
+    """Answers of the uncompressed bf16 model, and its log-probabilities on the windows `shown` (fp16 `[tokens, vocabulary]`).
+
+    Loads the model again from where the subject came from, unless the artefact is there already. The log-probabilities
+    are opened memory-mapped, so that a large vocabulary costs disk and not memory.
+    """
+    key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / "baseline" / key
+    if not (folder / "answers.npz").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = load(subject.source.name, str(subject.model.device), subject.source.revision)
+        answers = answer(fresh, items, windows, start)
+        logits_of = logits_function(fresh)
+        with in_float32(fresh.model):
+            rows = [row.half().cpu().numpy() for row in log_probabilities(logits_of, shown, start)]
+        _save(folder / "shown.npy", lambda file: np.save(file, np.concatenate(rows)))
+        _save(folder / "answers.npz", lambda file: np.savez(file, **vars(answers)))
+    with np.load(folder / "answers.npz", allow_pickle=False) as stored:
+        answers = Answers(**{name: stored[name] for name in stored.files})
+    return answers, np.load(folder / "shown.npy", mmap_mode="r", allow_pickle=False)
+
+
+def _save(path: Path, write) -> None:
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with partial.open("wb") as file:
+        write(file)
+    os.replace(partial, path)
+
+
+@torch.inference_mode()
+def divergence(
+    subject: Subject, shown: Sequence[Sequence[int]], reference: np.ndarray, start: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """KL divergence from the baseline in nats, and whether both rank the same token first: `[tokens]` each."""
+    logits_of, at = logits_function(subject), 0
+    kl, agree = [], []
+    with in_float32(subject.model):
+        for ours in log_probabilities(logits_of, shown, start):
+            theirs = torch.from_numpy(np.array(reference[at : at + len(ours)])).float().log_softmax(-1).to(ours.device)
+            kl.append((theirs.exp() * (theirs - ours)).sum(-1).clamp(min=0).cpu())
+            agree.append((theirs.argmax(-1) == ours.argmax(-1)).cpu())
+            at += len(ours)
+    return torch.cat(kl).double().numpy(), torch.cat(agree).double().numpy()

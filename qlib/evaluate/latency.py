@@ -1,0 +1,213 @@
+"""Latency at true shapes: all formats of one layer interleaved in one process, then the head, then arithmetic."""
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlib.errors import UserError
+from qlib.evaluate import parts
+from qlib.evaluate.fastest import PlainLinear, fastest_form
+from qlib.evaluate.footprint import grid_of, shape_footprint
+from qlib.evaluate.roofline import ReadProbe, copies_needed, last_level_cache
+from qlib.evaluate.timing import exclusive, load_average, median_interval, time_rounds
+from qlib.models.shapes import Shape, find_shape
+from qlib.record import Measurement
+
+__all__ = ["time_formats", "BASELINE"]
+
+BASELINE = "bf16"
+PROBE = "read bandwidth"
+PHASES = ("decode", "prefill")
+
+
+def time_formats(
+    model: str,
+    formats: list[str],
+    prompt_tokens: int = 256,
+    context_tokens: int = 256,
+    new_tokens: int = 32,
+    rounds: int = 10,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Time prefill and decode of number formats on the true shape of a model, against its fastest bf16 form.
+
+    Args:
+        model: a name that `qlib.models.shapes` knows.
+        formats: such as ``int8`` and ``int4-g128``; ``bf16`` is always there.
+        prompt_tokens: rows of a prefill. context_tokens: cached tokens before the one that is decoded.
+        new_tokens: decode steps of a request.
+        rounds: interleaved rounds behind each figure.
+
+    Returns:
+        formats: format -> measurements of the whole model (layers x layer + head).
+        layer, head: the rounds behind them in ms, warm-up, copies, and kernels by linear.
+        baseline: which bf16 forms were compared, in which time, and which was chosen.
+        floor: format -> least time of a decode step at the bandwidth measured in the same rounds, and the speed-up over a
+            bf16 kernel that runs at that floor.
+        bandwidth: gigabytes per second. conditions: one line.
+
+    Raises:
+        UserError: an unknown model or format, or a count that is not positive.
+    """
+    for name, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
+        if count < 1:
+            raise UserError(f"{name}: {count} is not allowed; allowed: an integer of at least 1")
+    shape, where = find_shape(model), torch.device(device)
+    formats = list(dict.fromkeys([BASELINE, *formats]))
+    for format in formats:
+        if grid := grid_of(format):
+            [grid.groups(columns) for _, columns in shape.linears.values()]
+    load, tokens = load_average(), {"decode": (1, context_tokens), "prefill": (prompt_tokens, 0)}
+    with exclusive(), torch.inference_mode():
+        layer, bandwidth = _time_layer(shape, formats, tokens, rounds, seed, where)
+        head = _time_head(shape, rounds, seed, where)
+    conditions = (
+        f"{shape.name}, {shape.layers} x one layer + head, random weights; {_device_words(where)}; bf16 activations, batch 1, "
+        f"prompt {prompt_tokens}, context {context_tokens}, new tokens {new_tokens}; load average before {load:.1f}"
+    )
+    times = {format: _model_times(shape, layer, head, format) for format in formats}
+    figures, floors = {}, {}
+    for format in formats:
+        floors[format] = _floor(shape, format, context_tokens, layer, head, times)
+        latency = _measurements(format, times, floors[format], new_tokens, conditions, seed)
+        figures[format] = shape_footprint(shape, format) | latency | _packing(shape, layer["packing_seconds"].get(format))
+    return {
+        "formats": figures,
+        "layer": _plain(layer),
+        "head": _plain(head),
+        "baseline": layer["baseline"],
+        "floor": {format: floor[1] for format, floor in floors.items()},
+        "bandwidth": bandwidth,
+        "conditions": conditions,
+    }
+
+
+def _time_layer(shape: Shape, formats: list[str], tokens: dict, rounds: int, seed: int, device: torch.device):
+    """Rounds of one layer in every format and phase, and the bandwidth read in the decode rounds."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = parts.random_tensor(shape.linears["mlp.gate_proj"], device, generator)
+    forms, compared = {}, {}
+    for phase in PHASES:
+        forms[phase], milliseconds = fastest_form(sample, rows=tokens[phase][0])
+        compared[phase] = {"chosen": forms[phase].name, "milliseconds": milliseconds}
+    del sample
+    cache = last_level_cache(device)
+    result: dict[str, Any] = {"baseline": compared, "packing_seconds": {}}
+    layers: dict[str, Any] = {}
+    for phase in PHASES:
+        for format in formats:
+            if format not in layers or (format == BASELINE and forms["decode"] is not forms["prefill"]):
+                layers.pop(format, None)
+                layers[format], seconds = parts.build_layer(shape, format, forms[phase], device, generator)
+                if grid_of(format):
+                    result["packing_seconds"][format] = seconds
+        new, context = tokens[phase]
+        copies = copies_needed([parts.layer_bytes(shape, format, context + new) for format in formats], cache)
+        works = {f: [parts.Workload(shape, new, context, device, generator) for _ in range(copies)] for f in formats}
+        calls = {format: parts.layer_calls(layers[format], works[format]) for format in formats}
+        probe = ReadProbe(device)
+        timed = time_rounds(calls | {PROBE: [probe]}, rounds, device)
+        kernels = {format: parts.kernels(layers[format], shape, new) for format in formats}
+        result[phase] = {"timed": timed, "copies": copies, "kernels": kernels}
+        if phase == "decode":
+            result["bandwidth"] = probe.gigabytes_per_second(timed.rounds[PROBE])
+        del works, calls, probe
+    value, low, high = median_interval(result["bandwidth"], seed)
+    method = "sum of a buffer larger than the cache, in the decode rounds"
+    return result, {"value": value, "low": low, "high": high, "n": rounds, "unit": "GB/s", "method": method}
+
+
+def _time_head(shape: Shape, rounds: int, seed: int, device: torch.device) -> dict[str, Any]:
+    """Rounds of final norm and head for one row. A head that shares the embedding's weight stays as it is."""
+    generator = torch.Generator().manual_seed(seed)
+    form, compared = PlainLinear, {}
+    if not shape.tied:
+        sample = parts.random_tensor((min(shape.vocab, 2**13), shape.hidden), device, generator)
+        form, compared = fastest_form(sample, rows=1)
+        del sample
+    x = parts.random_tensor((1, 1, shape.hidden), device, generator, scale=1.0)
+    copies = copies_needed([parts.head_bytes(shape)], last_level_cache(device))
+    heads = [parts.build_head(shape, form, device, generator) for _ in range(copies)]
+    probe = ReadProbe(device)
+    calls = {"head": [lambda head=head: head(x) for head in heads], PROBE: [probe]}
+    timed = time_rounds(calls, rounds, device)
+    return {
+        "timed": timed,
+        "copies": copies,
+        "bandwidth": probe.gigabytes_per_second(timed.rounds[PROBE]),
+        "kernel": form.name,
+        "compared": compared,
+    }
+
+
+def _model_times(shape: Shape, layer: dict, head: dict, format: str) -> dict[str, np.ndarray]:
+    """Milliseconds of the whole model in every round, by phase. A prefill computes the logits of its last token only."""
+    rest = head["timed"].rounds["head"]
+    return {phase: shape.layers * layer[phase]["timed"].rounds[format] + rest for phase in PHASES}
+
+
+def _floor(shape: Shape, format: str, context: int, layer: dict, head: dict, times: dict) -> tuple[np.ndarray, dict]:
+    """Least milliseconds of a decode step, by round, and what the record tells of it."""
+
+    def least(name: str) -> np.ndarray:
+        weights = shape.layers * parts.layer_bytes(shape, name, context + 1)
+        return (weights / layer["bandwidth"] + parts.head_bytes(shape) / head["bandwidth"]) / 1e6
+
+    floor = least(format)
+    return floor, {
+        "decode_ms": float(np.median(floor)),
+        "speedup_over_bf16_floor": float(np.median(least(BASELINE) / times[format]["decode"])),
+    }
+
+
+def _measurements(format: str, times: dict, floor: tuple, new_tokens: int, conditions: str, seed: int) -> dict[str, dict]:
+    """The ``latency.*`` measurements of a format."""
+    own, base = times[format], times[BASELINE]
+    request, base_request = (t["prefill"] + new_tokens * t["decode"] for t in (own, base))
+    absolute, paired = "median of interleaved rounds, bootstrap interval", "median of ratios paired by round, bootstrap interval"
+    over_floor = f"{floor[1]['speedup_over_bf16_floor']:.2f} x against a bf16 kernel at the bandwidth measured"
+    rows = [
+        ("latency.prefill_ms", own["prefill"], "ms", absolute, ""),
+        ("latency.decode_ms", own["decode"], "ms", absolute, ""),
+        ("latency.request_ms", request, "ms", f"prefill + {new_tokens} x decode; {absolute}", ""),
+        ("latency.prefill_speedup", base["prefill"] / own["prefill"], "ratio", paired, ""),
+        ("latency.decode_speedup", base["decode"] / own["decode"], "ratio", paired, over_floor),
+        ("latency.request_speedup", base_request / request, "ratio", paired, ""),
+        ("latency.roofline_fraction", floor[0] / own["decode"], "fraction", "bytes that must be read / bandwidth / time", ""),
+    ]
+    found = {}
+    for name, values, unit, method, note in rows:
+        value, low, high = median_interval(values, seed)
+        words = f"{note}; {conditions}" if note else conditions
+        found[name] = asdict(Measurement(value, unit, len(values), low, high, method, words))
+    return found
+
+
+def _packing(shape: Shape, seconds: float | None) -> dict[str, dict]:
+    if seconds is None:
+        return {}
+    method = f"{shape.layers} x one layer, timed once: round to nearest and pack"
+    return {"compress.seconds": asdict(Measurement(shape.layers * seconds, "seconds", 1, method=method, conditions=shape.name))}
+
+
+def _device_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _plain(part: dict[str, Any]) -> dict[str, Any]:
+    """A part's raw figures as JSON can hold them."""
+    plain = {}
+    for name, value in part.items():
+        if isinstance(value, dict):
+            plain[name] = _plain(value)
+        elif name == "timed":
+            rounds = {key: [round(float(one), 5) for one in values] for key, values in value.rounds.items()}
+            plain |= {"milliseconds": rounds, "warm_up_rounds": value.warm_up, "settled": value.settled}
+        else:
+            plain[name] = [round(float(one), 3) for one in value] if isinstance(value, np.ndarray) else value
+    return plain

@@ -1,0 +1,140 @@
+"""The parts of a model that are timed, at true shapes with random weights: one decoder layer, and the head."""
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from qlib.evaluate.footprint import BF16, grid_of
+from qlib.evaluate.fastest import PlainLinear
+from qlib.layers import PackedLinear, pack, resident_bytes
+from qlib.models.shapes import Shape, layer_config
+from qlib.quantize.grid import CompressedWeight, Grid, fit_grid, round_to_grid
+
+__all__ = ["Workload", "random_tensor", "build_layer", "build_head", "layer_calls", "layer_bytes", "head_bytes", "kernels"]
+
+#: Random numbers that are really drawn; larger tensors repeat them, since no timing depends on values.
+DRAWN = 2**20
+#: Weights that are rounded to a grid, or prepacked, at a time.
+SLICE = 2**24
+HEAD_SLICE = 2**27
+
+
+class Workload:
+    """Tokens and keys and values that a layer works on: `tokens` new ones that follow on `context` cached ones."""
+
+    def __init__(self, shape: Shape, tokens: int, context: int, device: torch.device, generator: torch.Generator) -> None:
+        from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+        self.x = random_tensor((1, tokens, shape.hidden), device, generator, scale=1.0)
+        size = (2, 1, shape.kv_heads, context + tokens, shape.head_dim)
+        self.keys, self.values = random_tensor(size, device, generator, scale=1.0)
+        positions = torch.arange(context, context + tokens, device=device)[None]
+        self.rotary = Qwen2RotaryEmbedding(config=layer_config(shape)).to(device)(self.x, positions)
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a layer asks of its cache: write the new tokens' keys and values into their places, return all."""
+        tokens = keys.shape[2]
+        self.keys[:, :, -tokens:], self.values[:, :, -tokens:] = keys, values
+        return self.keys, self.values
+
+    def run(self, layer: nn.Module) -> torch.Tensor:
+        return layer(self.x, past_key_values=self, position_embeddings=self.rotary)
+
+
+def random_tensor(size: tuple[int, ...], device: torch.device, generator: torch.Generator, scale: float = 0.02) -> torch.Tensor:
+    """Normal bf16 numbers from a generator of one's own; the global one is left alone."""
+    count = torch.Size(size).numel()
+    drawn = torch.empty(min(count, DRAWN)).normal_(0, scale, generator=generator).bfloat16().to(device)
+    return drawn.repeat(-(-count // len(drawn)))[:count].view(size)
+
+
+def build_layer(
+    shape: Shape, format: str, form: type[nn.Module], device: torch.device, generator: torch.Generator
+) -> tuple[nn.Module, float]:
+    """A decoder layer in a format, and the seconds that rounding to nearest and packing took.
+
+    Args:
+        form: how bf16 linears are held.
+    """
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+    grid, seconds = grid_of(format), 0.0
+    with torch.device("meta"):
+        layer = Qwen2DecoderLayer(layer_config(shape), 0).eval()
+    for name, parameter in list(layer.named_parameters()):
+        if "norm" in name:
+            _replace(layer, name, nn.Parameter(torch.ones(parameter.shape, dtype=torch.bfloat16, device=device), False))
+    for name, size in shape.linears.items():
+        weight = random_tensor(size, device, generator)
+        linear = layer.get_submodule(name)
+        bias = None if linear.bias is None else random_tensor((size[0],), device, generator)
+        if grid is None:
+            _replace(layer, name, form(weight, bias))
+            continue
+        begun = time.perf_counter()
+        _replace(layer, name, pack(PlainLinear(weight, bias), _round(weight, grid)))
+        seconds += time.perf_counter() - begun
+    return layer, seconds
+
+
+def _replace(root: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, value)
+
+
+def _round(weight: torch.Tensor, grid: Grid) -> CompressedWeight:
+    """Round to nearest, some output channels at a time: they do not depend on each other, and memory stays small."""
+    step = max(1, SLICE // weight.shape[1])
+    parts = [round_to_grid(part, grid, *fit_grid(part, grid)) for part in weight.split(step)]
+    return CompressedWeight(grid, *(torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")))
+
+
+class _Head(nn.Module):
+    """Final norm and head; a large head is held in slices, so that re-ordering it never needs all of it twice."""
+
+    def __init__(self, norm: nn.Module, slices: list[nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.slices = norm, nn.ModuleList(slices)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        return torch.cat([part(x) for part in self.slices], dim=-1)
+
+
+def build_head(shape: Shape, form: type[nn.Module], device: torch.device, generator: torch.Generator) -> nn.Module:
+    """Final norm and bf16 head."""
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    norm = Qwen2RMSNorm(shape.hidden, shape.eps).to(device, torch.bfloat16)
+    step = HEAD_SLICE // shape.hidden
+    rows = [min(step, shape.vocab - start) for start in range(0, shape.vocab, step)]
+    return _Head(norm, [form(random_tensor((count, shape.hidden), device, generator)) for count in rows])
+
+
+def layer_calls(layer: nn.Module, works: list[Workload]) -> list[Callable[[], torch.Tensor]]:
+    """Calls of a layer, each on a copy of it with a workload of its own."""
+    layers = [layer, *(copy.deepcopy(layer) for _ in works[1:])]
+    return [lambda layer=one, work=work: work.run(layer) for one, work in zip(layers, works)]
+
+
+def layer_bytes(shape: Shape, format: str, context: int = 0) -> int:
+    """Bytes that one token must read of a layer: its weights, and the cache of `context` tokens."""
+    grid = grid_of(format)
+    rest = BF16 * (shape.small_parameters + shape.kv_elements * context)
+    if grid is None:
+        return BF16 * shape.linear_parameters + rest
+    return rest + sum(resident_bytes(grid, *size) for size in shape.linears.values())
+
+
+def head_bytes(shape: Shape) -> int:
+    """Bytes that one token must read of final norm and head."""
+    return BF16 * shape.hidden * (shape.vocab + 1)
+
+
+def kernels(layer: nn.Module, shape: Shape, rows: int) -> dict[str, str]:
+    """Kernel that each linear of a layer runs for that many rows."""
+    found = {name: layer.get_submodule(name) for name in shape.linears}
+    return {name: one.kernel(rows) if isinstance(one, PackedLinear) else type(one).name for name, one in found.items()}

@@ -1,0 +1,104 @@
+"""How anything is timed here: alone, warmed up, in interleaved rounds, summed up by medians with intervals."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+
+from qlib.paths import cache_folder
+
+__all__ = ["Timed", "time_rounds", "exclusive", "median_interval", "load_average"]
+
+Calls = Mapping[str, Sequence[Callable[[], object]]]
+
+#: Rounds of a warm-up batch, and how often it is repeated at most.
+BATCH, BATCHES = 3, 4
+SETTLED = 0.05
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Times of interleaved rounds.
+
+    Attributes:
+        rounds: name -> milliseconds of a call, the mean over its copies, `[rounds]`.
+        warm_up: rounds run before. settled: whether medians stopped moving within the rounds allowed.
+    """
+
+    rounds: dict[str, np.ndarray]
+    warm_up: int
+    settled: bool
+
+
+def time_rounds(calls: Calls, rounds: int, device: torch.device, batches: int = BATCHES) -> Timed:
+    """Time calls against each other in one process.
+
+    Args:
+        calls: name -> callables that do the same on different copies of their data. A round runs every callable once,
+            names interleaved copy by copy in the order A B, B A, A B, ... so that drift hits all alike.
+        rounds: number of rounds that count.
+        batches: upper bound of warm-up batches. Warming up ends once the median of every name moves by less than 5 %
+            from one batch of rounds to the next.
+    """
+    before: dict[str, float] = {}
+    warm_up, settled, turn = 0, False, 0
+    while not settled and warm_up < batches * BATCH:
+        batch = [_round(calls, device, turn + index) for index in range(BATCH)]
+        medians = {name: median(values[name] for values in batch) for name in calls}
+        settled = bool(before) and all(abs(medians[name] / before[name] - 1) < SETTLED for name in calls)
+        before, warm_up, turn = medians, warm_up + BATCH, turn + BATCH
+    counted = [_round(calls, device, turn + index) for index in range(rounds)]
+    return Timed({name: np.array([values[name] for values in counted]) for name in calls}, warm_up, settled)
+
+
+def _round(calls: Calls, device: torch.device, turn: int) -> dict[str, float]:
+    """One round: name -> mean milliseconds of its copies."""
+    spent = dict.fromkeys(calls, 0.0)
+    for copy in range(max(map(len, calls.values()))):
+        names = list(calls) if (turn + copy) % 2 == 0 else list(calls)[::-1]
+        for name in names:
+            if copy < len(calls[name]):
+                spent[name] += _clock(calls[name][copy], device)
+    return {name: 1e3 * seconds / len(calls[name]) for name, seconds in spent.items()}
+
+
+def _clock(call: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    begun = time.perf_counter()
+    call()
+    _synchronize(device)
+    return time.perf_counter() - begun
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_interval(values: np.ndarray, seed: int = 0, times: int = 2000, level: float = 0.95) -> tuple[float, float, float]:
+    """Median of rounds and its bootstrap interval: value, low, high."""
+    draws = np.random.default_rng(seed).integers(len(values), size=(times, len(values)))
+    low, high = np.quantile(np.median(values[draws], axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(np.median(values)), float(low), float(high)
+
+
+@contextmanager
+def exclusive() -> Iterator[None]:
+    """Hold the machine's timing lock, so that no two timings overlap; wait for it if need be."""
+    with open(cache_folder() / "timing.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def load_average() -> float:
+    """Processes that wanted a processor during the last minute: above 0 before a timing, something else was running."""
+    return os.getloadavg()[0]

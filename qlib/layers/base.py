@@ -1,0 +1,76 @@
+"""What all packed layers share: they stand in for `nn.Linear`, hold codes instead of weights, and say what they run."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlib.quantize.grid import CompressedWeight, Grid
+
+__all__ = ["PackedLinear", "hold_bits", "SCRATCH_BYTES"]
+
+#: What a layer may use for weights it has dequantized at one time; they are never kept.
+SCRATCH_BYTES = 8 * 2**20
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that holds packed codes.
+
+    bf16 activations run the kernel that `kernel` names for their number of rows. All others (fp32 for quality, and
+    whatever needs gradients) run the exact path: the dequantized weight in the activations' type, multiplied.
+
+    Attributes:
+        grid: the number format.
+        in_features, out_features: as in `nn.Linear`.
+        bias: `[out]` or None, the very parameter of the linear it replaces.
+    """
+
+    #: Up to this many rows `multiply` is faster than `expand_multiply`; 0: there is no packed kernel.
+    packed_rows = 0
+
+    def __init__(self, grid: Grid, shape: tuple[int, int], bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.grid = grid
+        self.out_features, self.in_features = shape
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`x [..., in]` -> `[..., out]` in the type of `x`."""
+        if x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and x.requires_grad):
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.linear(x, self.compressed().dequantize().to(x.dtype), bias)
+        rows = x.reshape(-1, self.in_features)
+        out = self.multiply(rows) if self.runs_packed(len(rows)) else self.expand_multiply(rows)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def runs_packed(self, rows: int) -> bool:
+        """Whether `rows` rows of activations are multiplied with the codes as they are."""
+        return rows <= self.packed_rows
+
+    def compressed(self) -> CompressedWeight:
+        """The weight this layer was made of, bit by bit."""
+        raise NotImplementedError
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """`x [rows, in]` times the codes as they are -> `[rows, out]`."""
+        raise NotImplementedError
+
+    def expand_multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Dequantize a few output channels at a time, multiply `x [rows, in]` with them -> `[rows, out]`."""
+        raise NotImplementedError
+
+    def kernel(self, rows: int) -> str:
+        """Name of the kernel that `rows` rows of bf16 activations run."""
+        raise NotImplementedError
+
+    def resident_bytes(self) -> int:
+        """Bytes this layer keeps in memory, bias included."""
+        tensors = [*self.buffers(recurse=False), *self.parameters(recurse=False)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.grid.name}"
+
+
+def hold_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A float tensor as integers of the same bits, for buffers that ``module.float()`` must not convert."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])

@@ -1,0 +1,95 @@
+"""The order in which torch's int4 CPU kernel keeps codes, and how to multiply many rows with them.
+
+Output channels come in blocks (64 with AVX-512, 32 with AVX2). A block is `[in, block / 2]` bytes: byte j of an input
+channel holds output channel j in its low half and channel j + block / 2 in its high half. The last block, where it is
+not full, holds channels 2j and 2j + 1 instead. Nothing documents this, so `block_rows` checks it against torch itself.
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from qlib.layers.base import SCRATCH_BYTES
+
+__all__ = ["pack", "unpack", "block_rows", "expand_multiply"]
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 codes `[out, in]` to uint8 `[out, in / 2]` in the kernel's order, block by block to save memory."""
+    convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+    step = 8 * block_rows() if block_rows() else len(codes)
+    packed = torch.empty(len(codes), codes.shape[1] // 2, dtype=torch.uint8)
+    for start in range(0, len(codes), step):
+        packed[start : start + step] = convert(codes[start : start + step].int(), 1)
+    return packed
+
+
+def unpack(packed: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+    """The inverse of `pack`. `rows` is the size of a block, by default the one of this machine."""
+    rows = rows or block_rows()
+    (out_features, half), full = packed.shape, len(packed) // rows * rows
+    codes = torch.empty(out_features, 2 * half, dtype=torch.uint8)
+    blocks = packed[:full].view(-1, 2 * half, rows // 2)  # [blocks, in, bytes]
+    ordered = codes[:full].view(-1, 2, rows // 2, 2 * half)
+    ordered[:, 0], ordered[:, 1] = (blocks & 15).transpose(1, 2), (blocks >> 4).transpose(1, 2)
+    if full < out_features:
+        last = packed[full:].reshape(2 * half, -1)  # [in, bytes]
+        codes[full::2], codes[full + 1 :: 2] = (last & 15).t(), (last >> 4).t()
+    return codes
+
+
+@lru_cache(maxsize=None)
+def block_rows() -> int | None:
+    """Output channels in a block on this machine; None if torch packs in an order this module does not know."""
+    random = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (208, 64), generator=random, dtype=torch.int32)  # the last block is not full
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    except RuntimeError:
+        return None
+    return next((rows for rows in (64, 32, 16, 128) if torch.equal(unpack(packed, rows), codes.to(torch.uint8))), None)
+
+
+def expand_multiply(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Multiply bf16 `x [rows, in]` with packed codes, some blocks at a time, never transposing a weight.
+
+    Args:
+        packed: `[out, in / 2]` in the kernel's order.
+        scales: bf16 `[groups, out]`. zeros: the codes that mean 0, uint8 `[groups, out]`.
+
+    Returns:
+        bf16 `[rows, out]`. The weights are the dequantized ones, rounded to bf16 once.
+    """
+    size = block_rows()
+    (out_features, half), full = packed.shape, len(packed) // size * size
+    out = x.new_empty(len(x), out_features)
+    count = max(2, SCRATCH_BYTES // (4 * half * size))  # blocks at a time
+    for start in range(0, full, count * size):
+        part = slice(start, min(start + count * size, full))
+        weight = _expand(packed[part].view(-1, 2 * half, size // 2), scales[:, part], zeros[:, part])
+        ordered = out[:, part].unflatten(1, (-1, 2, size // 2))  # [rows, blocks, low or high, bytes]
+        for index in (0, 1):
+            ordered[:, :, index] = (x @ weight[index]).view(len(x), -1, size // 2)
+    if full < out_features:
+        codes = unpack(packed[full:], size).view(out_features - full, len(scales), -1)
+        steps = codes.bfloat16() - zeros[:, full:].t().bfloat16()[..., None]
+        out[:, full:] = F.linear(x, (steps * scales[:, full:].t()[..., None]).flatten(1))
+    return out if bias is None else out.add_(bias)
+
+
+def _expand(blocks: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Codes of some blocks `[blocks, in, bytes]` to bf16 weights `[low or high, in, blocks * bytes]`."""
+    count, in_features, width = blocks.shape
+    rows = blocks.transpose(0, 1).reshape(in_features, -1)  # [in, blocks * bytes]
+    codes = torch.empty(2, *rows.shape, dtype=torch.uint8)
+    torch.bitwise_and(rows, 15, out=codes[0])
+    torch.bitwise_right_shift(rows, 4, out=codes[1])
+    scales, zeros = (
+        t.view(len(t), count, 2, width).permute(2, 0, 1, 3).reshape(2, len(t), 1, -1)
+        for t in (scales.contiguous(), zeros.contiguous().view(torch.int8))
+    )  # [low or high, groups, 1, blocks * bytes]
+    steps = codes.view(torch.int8).view(2, scales.shape[1], -1, rows.shape[1]).sub_(zeros)  # code - zero, exact
+    return steps.bfloat16().mul_(scales).view(2, in_features, -1)

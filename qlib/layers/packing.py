@@ -1,0 +1,45 @@
+"""Which packed layer a compressed weight goes into."""
+
+from torch import nn
+
+from qlib.errors import UserError
+from qlib.layers.base import PackedLinear
+from qlib.layers.codes import CodesLinear
+from qlib.layers.int4 import Int4Linear
+from qlib.layers.int8 import Int8Linear
+from qlib.quantize.grid import CompressedWeight, Grid
+
+__all__ = ["pack", "packed_layers", "layer_class", "resident_bytes"]
+
+
+def layer_class(grid: Grid, out_features: int, in_features: int) -> type[PackedLinear]:
+    """The layer for weights of this grid and shape.
+
+    A kernel where there is one: int8 with one scale per output channel; int4 in groups of 32, 64 or 128 with output channels
+    in multiples of 16. Everything else keeps its codes at their true size and is dequantized for every call.
+    """
+    if grid.bits == 8 and grid.groups(in_features) == 1:
+        return Int8Linear
+    return Int4Linear if Int4Linear.fits(grid, out_features, in_features) else CodesLinear
+
+
+def pack(linear: nn.Linear, compressed: CompressedWeight) -> PackedLinear:
+    """A packed layer that takes the place of `linear`: its bias, and the codes of `compressed` instead of its weight.
+
+    Raises:
+        UserError: the shapes differ.
+    """
+    shape = (linear.out_features, linear.in_features)
+    if tuple(compressed.codes.shape) != shape:
+        raise UserError(f"a compressed weight {list(compressed.codes.shape)} does not fit a linear {list(shape)}")
+    return layer_class(compressed.grid, *shape)(compressed, linear.bias)
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def resident_bytes(grid: Grid, out_features: int, in_features: int) -> int:
+    """Bytes a packed layer of this grid and shape keeps in memory, without its bias."""
+    return layer_class(grid, out_features, in_features).expected_bytes(grid, out_features, in_features)

@@ -1,0 +1,103 @@
+"""Codes at their true size: how a compressed weight is laid out in a checkpoint, and in a layer without a kernel.
+
+Codes are a stream of `bits` bits each, the first code in the lowest bits. A row of the weight starts at a whole byte.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from qlib.errors import UserError
+from qlib.quantize.grid import CompressedWeight, Grid
+
+__all__ = ["pack_bits", "unpack_bits", "packed_width", "to_tensors", "from_tensors", "stored_bytes"]
+
+
+def packed_width(count: int, bits: int) -> int:
+    """Bytes that `count` codes take."""
+    return -(-count * bits // 8)
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack uint8 codes `[rows, count]`, each below 2**bits, into uint8 `[rows, packed_width(count, bits)]`."""
+    if bits == 8:
+        return codes.contiguous()
+    count = codes.shape[1]
+    per, width = _word(bits)
+    codes = F.pad(codes, (0, -count % per)).view(len(codes), -1, per)  # [rows, words, codes of a word]
+    words = torch.zeros(codes.shape[:2], dtype=torch.int64 if per * bits > 8 else torch.uint8, device=codes.device)
+    for index in range(per):
+        words |= codes[..., index].to(words.dtype) << (index * bits)
+    packed = words.view(torch.uint8).view(*words.shape, -1)[..., :width]  # a word's low bytes come first
+    return packed.reshape(len(codes), -1)[:, : packed_width(count, bits)].contiguous()
+
+
+def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The inverse of `pack_bits`: uint8 codes `[rows, count]`."""
+    if bits == 8:
+        return packed
+    per, width = _word(bits)
+    packed = F.pad(packed, (0, -packed.shape[1] % width)).view(len(packed), -1, width)  # [rows, words, bytes of a word]
+    words = packed[..., 0] if width == 1 else F.pad(packed, (0, 8 - width)).view(torch.int64)[..., 0]
+    codes = torch.empty(*words.shape, per, dtype=torch.uint8, device=packed.device)
+    for index in range(per):
+        codes[..., index] = (words >> (index * bits)) & (2**bits - 1)
+    return codes.view(len(packed), -1)[:, :count].contiguous()
+
+
+def _word(bits: int) -> tuple[int, int]:
+    """The least whole number of bytes that holds whole codes: codes and bytes of such a word."""
+    return (8 // bits, 1) if 8 % bits == 0 else (8, bits)
+
+
+def to_tensors(compressed: CompressedWeight) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a weight.
+
+    Returns:
+        codes: uint8 `[out, in * bits / 8]`. scales: bf16 `[out, groups]`. zeros, unless the grid is symmetric: uint8, all
+        `out * groups` of them as one stream.
+    """
+    bits = compressed.grid.bits
+    tensors = {"codes": pack_bits(compressed.codes, bits), "scales": compressed.scales.contiguous()}
+    if not compressed.grid.symmetric:
+        tensors["zeros"] = pack_bits(compressed.zeros.reshape(1, -1), bits)[0]
+    return tensors
+
+
+def from_tensors(grid: Grid, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> CompressedWeight:
+    """The inverse of `to_tensors`, bit by bit. `shape` is the weight's `[out, in]`.
+
+    Raises:
+        UserError: a tensor is missing, or has another shape or type than grid and `shape` ask for.
+    """
+    out_features, in_features = shape
+    groups = grid.groups(in_features)
+    expected = {
+        "codes": (torch.uint8, (out_features, packed_width(in_features, grid.bits))),
+        "scales": (torch.bfloat16, (out_features, groups)),
+    }
+    if not grid.symmetric:
+        expected["zeros"] = (torch.uint8, (packed_width(out_features * groups, grid.bits),))
+    for name, (dtype, wanted) in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise UserError(f"'{name}' is missing beside {', '.join(tensors)} of an {grid.name} weight")
+        if tensor.dtype != dtype or tuple(tensor.shape) != wanted:
+            raise UserError(
+                f"'{name}' of an {grid.name} weight {list(shape)} is {tensor.dtype} {list(tensor.shape)}, "
+                f"expected {dtype} {list(wanted)}"
+            )
+    codes, scales = unpack_bits(tensors["codes"], grid.bits, in_features), tensors["scales"]
+    if grid.symmetric:
+        zeros = torch.full(scales.shape, grid.levels // 2, dtype=torch.uint8, device=scales.device)
+    else:
+        zeros = unpack_bits(tensors["zeros"][None], grid.bits, scales.numel()).view(scales.shape)
+    return CompressedWeight(grid, codes, scales, zeros)
+
+
+def stored_bytes(grid: Grid, out_features: int, in_features: int) -> int:
+    """Bytes of what `to_tensors` returns for a weight of this shape."""
+    groups = grid.groups(in_features)
+    zeros = 0 if grid.symmetric else packed_width(out_features * groups, grid.bits)
+    return out_features * (packed_width(in_features, grid.bits) + 2 * groups) + zeros

@@ -1,0 +1,100 @@
+"""Read what a safetensors checkpoint holds, and say in one line what is wrong with it, before loading any weight."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlib.errors import UserError
+
+__all__ = ["TensorEntry", "read_config", "read_entries", "check_entries"]
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: its file, and its shape and dtype as the file's header tells them."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder.
+
+    Raises:
+        UserError: it is missing or is not JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder}: has no config.json; a model folder holds config.json and *.safetensors")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+
+
+def read_entries(folder: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the checkpoint by name, from the headers alone.
+
+    Raises:
+        UserError: no safetensors file (pickled weights are refused), a missing or truncated shard, a broken header, an
+            index that names a tensor its shard does not hold.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        files = sorted({folder / name for name in weight_map.values()})
+    else:
+        weight_map, files = {}, sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
+        if pickled:
+            raise UserError(
+                f"{folder}: holds pickled weights only ({pickled[0]}), which can run code when loaded; "
+                "convert them to safetensors"
+            )
+        raise UserError(f"{folder}: has no *.safetensors file")
+    entries = {name: entry for file in files for name, entry in _read_header(file).items()}
+    for name, file in weight_map.items():
+        if name not in entries:
+            raise UserError(f"{folder / file}: tensor '{name}' is missing although the index names it")
+    return entries
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    """Parse a safetensors header: 8 bytes of length, JSON, then the data that the offsets point into."""
+    if not file.is_file():
+        raise UserError(f"{file}: is missing although the index names it")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{file}: is truncated ({size} bytes, its header alone takes {length + 8})")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            raise UserError(f"{file}: is not a safetensors file (its header is not JSON)") from None
+    header.pop("__metadata__", None)
+    needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size < needed:
+        last = max(header, key=lambda name: header[name]["data_offsets"][1])
+        raise UserError(f"{file}: is truncated ({size} of {needed} bytes; tensor '{last}' is cut off)")
+    return {name: TensorEntry(file, tuple(e["shape"]), e["dtype"]) for name, e in header.items()}
+
+
+def check_entries(entries: dict[str, TensorEntry], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Compare a checkpoint with the tensors that its configuration asks for.
+
+    Raises:
+        UserError: a missing, surplus or mis-shaped tensor, naming file and tensor.
+    """
+    for name, shape in expected.items():
+        if name not in entries:
+            raise UserError(f"{folder}: tensor '{name}' is missing from the safetensors files")
+        if entries[name].shape != shape:
+            raise UserError(
+                f"{entries[name].file}: tensor '{name}' has shape {list(entries[name].shape)}, "
+                f"config.json asks for {list(shape)}"
+            )

@@ -1,0 +1,292 @@
+"""Strategy files: what a row of the report is made of, read from YAML and checked before anything runs."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Iterable, Literal
+
+from qlib.errors import UserError, nearest
+from qlib.options import options_of
+from qlib.paths import find_root
+from qlib.schema import check, describe, names_of, plain_problem, show
+from qlib.yamltext import read_yaml, shown
+
+__all__ = [
+    "Strategy", "Title", "Calibration", "Evaluation", "FAMILIES", "TIERS", "WITHOUT_RECIPE", "load_strategy",
+    "load_strategies", "from_dict", "to_dict", "override", "expectation", "schema",
+]  # fmt: skip
+
+FAMILIES = (
+    "baseline", "pruning", "weight_quantization", "mixed_precision", "finetuning", "combined", "tool", "speed",
+)  # fmt: skip
+#: Families that change no weights; all others need a recipe.
+WITHOUT_RECIPE = ("baseline", "speed")
+TIERS = ("smoke", "core", "full")
+NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
+
+
+@dataclass(frozen=True)
+class Title:
+    """What the report calls a strategy.
+
+    Args:
+        en: in English.
+        zh: in Chinese.
+    """
+
+    en: str
+    zh: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that the passes may look at.
+
+    Args:
+        text: "reference" for the calibration split of the shipped corpus, or a text file or folder.
+        samples: number of windows.
+        length: tokens of a window.
+    """
+
+    text: str = "reference"
+    samples: int = field(default=128, metadata={"minimum": 1})
+    length: int = field(default=256, metadata={"minimum": 2})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What quality is measured on.
+
+    Args:
+        text: "reference" for the evaluation split of the shipped corpus, or a text file or folder.
+        documents: number of documents; null: all.
+        length: context length in tokens.
+        items: number of multiple-choice items; null: all.
+        tasks: tasks of the hub by name, through lm-evaluation-harness.
+        task_limit: items of each of these tasks; null: all.
+        bootstrap: resamples behind an interval.
+    """
+
+    text: str = "reference"
+    documents: int | None = field(default=None, metadata={"minimum": 1})
+    length: int = field(default=256, metadata={"minimum": 2})
+    items: int | None = field(default=None, metadata={"minimum": 1})
+    tasks: list[str] = field(default_factory=list)
+    task_limit: int | None = field(default=None, metadata={"minimum": 1})
+    bootstrap: int = field(default=1000, metadata={"minimum": 1})
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One row of the report.
+
+    Args:
+        name: unique; also the name of its folder.
+        title: what the report calls it.
+        family: decides which measurements the record must hold.
+        tier: how often it runs: smoke (every change), core (make report), full (make report-full).
+        notebook: file in notebooks/ that is executed.
+        model: "reference-1", a folder, a hub id, or for the speed family the name of a shape.
+        recipe: the passes in order, each {pass: NAME, option: value, ...}.
+        seed: of everything random.
+        calibration: text that the passes may look at.
+        evaluation: what quality is measured on.
+        formats: speed only: the number formats that are timed side by side.
+        prompt_tokens: speed only: length of the prompt that is prefilled.
+        context_tokens: speed only: length of the context at which a token is decoded.
+        rounds: speed only: interleaved rounds; each times every format once.
+    """
+
+    name: str
+    title: Title
+    family: Literal[FAMILIES]  # type: ignore[valid-type]
+    tier: Literal[TIERS]  # type: ignore[valid-type]
+    notebook: str
+    model: str = "reference-1"
+    recipe: list[dict[str, Any]] = field(default_factory=list)
+    seed: int = field(default=0, metadata={"minimum": 0})
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    formats: list[str] = field(default_factory=list)
+    prompt_tokens: int = field(default=256, metadata={"minimum": 1})
+    context_tokens: int = field(default=256, metadata={"minimum": 1})
+    rounds: int = field(default=10, metadata={"minimum": 1})
+
+
+def load_strategy(path: Path | str, root: Path | None = None) -> Strategy:
+    """Read and check one strategy file.
+
+    Raises:
+        UserError: one line per problem: file, field, value, what is allowed.
+    """
+    path = Path(path)
+    strategy = from_dict(read_yaml(path), shown(path))
+    notebooks = (root or _root_of(path)) / "notebooks"
+    if not (notebooks / strategy.notebook).is_file():
+        known = sorted(file.name for file in notebooks.glob("*.ipynb"))
+        raise UserError(
+            f"{shown(path)}: notebook: '{strategy.notebook}' is not in notebooks/"
+            f"{nearest(strategy.notebook, known)}; allowed: {', '.join(known) or 'none is there'}"
+        )
+    return strategy
+
+
+def load_strategies(paths: Iterable[Path | str], root: Path | None = None) -> list[Strategy]:
+    """Read several strategy files, in their order.
+
+    Raises:
+        UserError: as `load_strategy`, for all files together; or two files give the same name.
+    """
+    strategies, problems, seen = [], [], {}
+    for path in paths:
+        try:
+            strategy = load_strategy(path, root)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if strategy.name in seen:
+            problems.append(f"{shown(Path(path))}: name: '{strategy.name}' is already used by {seen[strategy.name]}")
+        seen[strategy.name] = shown(Path(path))
+        strategies.append(strategy)
+    if problems:
+        raise UserError("\n".join(problems))
+    return strategies
+
+
+def _root_of(path: Path) -> Path:
+    try:
+        return find_root(path.resolve().parent)
+    except UserError:
+        return find_root()
+
+
+def from_dict(values: Any, where: str) -> Strategy:
+    """Check plain values and build a strategy; options of passes are completed with their defaults.
+
+    Raises:
+        UserError: one line per problem, each beginning with `where`.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: is not a mapping of fields; allowed: {', '.join(names_of(Strategy))}")
+    recipe, problems = _check_recipe(values.get("recipe", []))
+    strategy, found = check(Strategy, values | {"recipe": recipe})
+    problems = found + problems
+    if not problems:
+        problems = _check_family(strategy)
+    if problems:
+        raise UserError("\n".join(f"{where}: {line}" for line in problems))
+    return strategy
+
+
+def _check_family(strategy: Strategy) -> list[str]:
+    """What no single field can tell."""
+    problems, family = [], strategy.family
+    if not NAME.fullmatch(strategy.name):
+        problems.append(f"name: '{strategy.name}' is not allowed; allowed: lower-case letters, digits and . _ + -")
+    if Path(strategy.notebook).name != strategy.notebook or not strategy.notebook.endswith(".ipynb"):
+        problems.append(f"notebook: '{strategy.notebook}' is not allowed; allowed: the name of a file in notebooks/")
+    if not strategy.recipe and family not in WITHOUT_RECIPE:
+        problems.append(f"recipe: is empty; allowed for family {family}: at least one pass, e.g. [{{pass: rtn, bits: 4}}]")
+    if strategy.recipe and family in WITHOUT_RECIPE:
+        problems.append(f"recipe: is not empty; family {family} changes no weights")
+    if bool(strategy.formats) != (family == "speed"):
+        problems.append("formats: must be given for family speed, and only there")
+    return problems
+
+
+def pass_modules() -> dict[str, str]:
+    """Name of every pass and the module it lives in."""
+    from qlib.recipe import pass_names
+
+    return pass_names()
+
+
+def _check_recipe(recipe: Any) -> tuple[Any, list[str]]:
+    """The steps with all their options, and what is wrong with them."""
+    if not isinstance(recipe, list) or not recipe:
+        return recipe, []  # the type of the field and the family decide
+    complete, problems, known = [], [], pass_modules()
+    for index, step in enumerate(recipe):
+        at = f"recipe[{index}]"
+        name = step.get("pass") if isinstance(step, dict) else None
+        if not isinstance(step, dict) or "pass" not in step:
+            problems.append(f"{at}: {show(step)} is not allowed; allowed: a mapping with 'pass', e.g. {{pass: rtn}}")
+        elif not isinstance(name, str) or name not in known:
+            problems.append(f"{at}.pass: {show(name)} is unknown{nearest(str(name), known)}; allowed: {', '.join(known)}")
+        else:
+            kind, hints = options_of(known[name])
+            given = {key: value for key, value in step.items() if key != "pass"}
+            options, found = check(kind, given, f"{at}.", hints)
+            problems += found
+            complete.append({"pass": name} | (_plain(asdict(options)) if options else {}))
+    return complete, problems
+
+
+def to_dict(strategy: Strategy) -> dict[str, Any]:
+    """The strategy as plain values that survive JSON and papermill."""
+    values = _plain(asdict(strategy))
+    problem = plain_problem(values)
+    if problem:
+        raise UserError(f"{strategy.name}: {problem}")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def override(strategy: Strategy, changes: dict[str, Any], where: str = "-p") -> Strategy:
+    """A copy with other values; a key may go into the depth: ``evaluation.items``, ``recipe.0.bits`` or ``recipe[0].bits``.
+
+    Raises:
+        UserError: unknown key, or a value that is not allowed.
+    """
+    values = to_dict(strategy)
+    for key, value in changes.items():
+        *folders, last = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
+        inner: Any = values
+        for depth, step in enumerate([*folders, last]):
+            known = [str(i) for i in range(len(inner))] if isinstance(inner, list) else inner
+            if not isinstance(inner, (dict, list)):
+                raise UserError(f"{where} {key}: {show(inner)} has no fields of its own")
+            if step not in known and (isinstance(inner, list) or depth < len(folders) or depth == 0):
+                raise UserError(f"{where} {key}: '{step}' is unknown{nearest(step, known)}; allowed: {', '.join(known)}")
+            if depth < len(folders):
+                inner = inner[int(step)] if isinstance(inner, list) else inner[step]
+        inner[int(last) if isinstance(inner, list) else last] = value
+    return from_dict(values, where)
+
+
+def expectation(path: Path) -> str:
+    """The first comment of a strategy file: what to expect, on what machine, in what time."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    comments = [line.lstrip("# ").strip() for line in lines[:3] if line.startswith("#")]
+    return next((line for line in comments if line and not line.startswith("yaml-language-server")), "")
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a strategy file, for editors: from the dataclasses above and the options of every pass."""
+    passes = {}
+    for name, module in sorted(pass_modules().items()):
+        kind, hints = options_of(module)
+        entry = describe(kind, hints)
+        named = {"pass": {"const": name, "title": "pass", "description": entry.get("description", "")}}
+        required = ["pass", *entry.get("required", [])]
+        passes[name] = entry | {"title": name, "properties": named | entry["properties"], "required": required}
+    whole = describe(Strategy)
+    choices = [{"$ref": f"#/$defs/{name}"} for name in passes]
+    whole["properties"]["recipe"]["items"] = {"oneOf": choices} if choices else False
+    whole["properties"]["name"]["pattern"] = f"^{NAME.pattern}$"
+    bare = {"properties": {"family": {"enum": list(WITHOUT_RECIPE)}}}
+    needs_recipe = {"required": ["recipe"], "properties": {"recipe": {"minItems": 1}}}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Strategy",
+        **whole,
+        "if": bare,
+        "then": {"properties": {"recipe": {"maxItems": 0}}},
+        "else": needs_recipe,
+        "$defs": passes,
+    }

@@ -1,0 +1,66 @@
+"""Find passes by name: a pass is the module of its name, with typed `Options` and one `SCOPE`."""
+
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from qlib.errors import UserError, nearest
+
+__all__ = ["SCOPES", "pass_names", "find_pass", "read_recipe"]
+
+#: What a pass works on, and how it is called: see `qlib.compress`.
+SCOPES = ("linear", "block", "plan", "model")
+FOLDERS = ("quantize", "prune", "transforms", "train")
+
+
+@lru_cache(maxsize=1)
+def pass_names() -> dict[str, str]:
+    """Map the name of every pass to its module, without importing any.
+
+    A pass is told from a helper module by the line that sets its scope.
+    """
+    found = {}
+    for folder in FOLDERS:
+        for file in sorted((Path(__file__).parent / folder).glob("*.py")):
+            if any(line.startswith("SCOPE = ") for line in file.read_text(encoding="utf-8").splitlines()):
+                found[file.stem] = f"qlib.{folder}.{file.stem}"
+    return found
+
+
+def find_pass(name: str) -> ModuleType:
+    """Import the module of a pass.
+
+    Raises:
+        UserError: no pass has that name.
+    """
+    known = pass_names()
+    if name not in known:
+        raise UserError(f"pass '{name}' is unknown{nearest(name, known)}; allowed: {', '.join(known)}")
+    return import_module(known[name])
+
+
+def read_recipe(recipe: list[dict[str, Any]]) -> list[tuple[ModuleType, Any]]:
+    """Turn ``[{"pass": "rtn", "bits": 4}]`` into pairs of a pass module and its typed options.
+
+    Raises:
+        UserError: an empty recipe, a step without a pass, an unknown pass or option.
+    """
+    if not recipe:
+        raise UserError("recipe: is empty; give at least one pass, e.g. [{pass: rtn, bits: 4}]")
+    steps = []
+    for index, step in enumerate(recipe):
+        options = {key: value for key, value in step.items() if key != "pass"}
+        if "pass" not in step:
+            raise UserError(f"recipe[{index}]: has no 'pass'; allowed: {', '.join(pass_names())}")
+        module = find_pass(step["pass"])
+        known = module.Options.__dataclass_fields__
+        for key in options:
+            if key not in known:
+                raise UserError(
+                    f"recipe[{index}].{key}: unknown option of pass '{step['pass']}'{nearest(key, known)}; "
+                    f"allowed: {', '.join(known)}"
+                )
+        steps.append((module, module.Options(**options)))
+    return steps

@@ -1,0 +1,164 @@
+"""The article's table: what it claims, beside what was measured here and at the true shape of Qwen-72B."""
+
+from dataclasses import dataclass
+
+from qlib.report import numbers
+from qlib.report.book import SPEED_MODEL, Book, Entry
+from qlib.report.html import Cell, Column, Table
+from qlib.report.measures import family_label
+
+__all__ = ["CLAIMS", "QWEN_MMLU", "Claim", "article_table", "chosen", "small_speed_model"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the article's table.
+
+    Attributes:
+        format: what the name of a strategy's number format must begin with to stand in this row.
+        mmlu: the row of Qwen's own table that is closest, if any.
+    """
+
+    family: str
+    title: str
+    size: float  # MB
+    time: float  # ms
+    accuracy: float  # percent
+    format: str = ""
+    mmlu: str = ""
+
+
+#: The table as the Chinese article prints it; it names neither model nor data nor device.
+CLAIMS = (
+    Claim("baseline", "None", 150, 120, 95.2, mmlu="bf16"),
+    Claim("pruning", "Pruning", 100, 90, 94.5),
+    Claim("weight_quantization", "Weight quantization", 75, 70, 93.8, format="int4", mmlu="int4"),
+    Claim("mixed_precision", "Mixed precision", 80, 75, 94.0),
+)
+
+#: MMLU of Qwen-72B-Chat as its authors report it: https://github.com/QwenLM/Qwen, README, section Quantization.
+QWEN_MMLU = {"bf16": 74.4, "int8": 73.5, "int4": 73.4}
+
+UNMEASURED = "not measured yet"
+
+
+def chosen(book: Book, claim: Claim) -> Entry | None:
+    """The strategy that stands for a row: of those that become as small as claimed, the one that loses least accuracy.
+
+    Where none becomes as small, it is the one that loses least among all of the row's family and format.
+    """
+    rows = [e for e in book.of(family=claim.family) if e.measurements]
+    home = "cpu" if any(e.device == "cpu" for e in rows) else None
+    rows = [e for e in rows if e.device == (home or e.device)]
+    rows = [e for e in rows if str(e.record.get("shape_format") or "").startswith(claim.format)]
+    small = [e for e in rows if _small_enough(book, e, claim.size / CLAIMS[0].size)]
+    return max(small or rows, key=_accuracy, default=None)
+
+
+def _small_enough(book: Book, entry: Entry, share: float) -> bool:
+    baseline = book.baseline(entry)
+    size, whole = (numbers.number(e and e.measure("size.disk_bytes")) for e in (entry, baseline))
+    return bool(size and whole and size <= share * whole)
+
+
+def _accuracy(entry: Entry) -> float:
+    for name in ("quality.accuracy_delta", "quality.accuracy"):
+        if (value := numbers.number(entry.measure(name))) is not None:
+            return value
+    return -float("inf")
+
+
+def small_speed_model(book: Book) -> str:
+    """The speed record that holds the quality subject's own shape: it carries the subject's name."""
+    return book.models[0] if book.models else ""
+
+
+def article_table(book: Book) -> Table:
+    """Size, request time and accuracy: claimed, measured on the quality subject, and at the shape of Qwen-72B."""
+    subject = small_speed_model(book) or "quality subject"
+    groups = ("Claimed by the article", f"Measured on {subject}", "At the true shape of Qwen-72B")
+    rows = [_row(book, claim, subject) for claim in CLAIMS]
+    columns = [Column("Method")]
+    columns += [Column(title, "", group, True) for group in groups for title in ("Size on disk", "Request time", "Accuracy")]
+    caption = (
+        "What the article claims, and what was measured. A request is a prefill of 256 tokens and 32 new ones, batch 1. "
+        "Small print: interval, and how many times smaller or faster than without compression. A row shows the "
+        "strategy that loses least accuracy among those of its family that become as small as claimed. "
+        "1 MB = 1,000,000 bytes."
+    )
+    return Table(columns, rows, caption, "article")
+
+
+def _row(book: Book, claim: Claim, subject: str) -> list[Cell]:
+    entry = chosen(book, claim)
+    first = CLAIMS[0]
+    cells = [
+        Cell(claim.title, (_name(entry),)),
+        Cell(f"{claim.size:.0f} MB", (_times(first.size, claim.size, "smaller"),)),
+        Cell(f"{claim.time:.0f} ms", (_times(first.time, claim.time, "faster"),)),
+        Cell(f"{claim.accuracy:.1f} %", (_points(first.accuracy, claim.accuracy),)),
+    ]
+    if entry is None:
+        return cells + [Cell(UNMEASURED, kind="absent")] * 5 + [_published(claim)]
+    baseline = book.baseline(entry)
+    disk, whole = entry.measure("size.disk_bytes"), baseline and baseline.measure("size.disk_bytes")
+    accuracy, delta = entry.measure("quality.accuracy"), entry.measure("quality.accuracy_delta")
+    change = f"{numbers.write(delta, 'value')} ({numbers.interval(delta)})" if numbers.number(delta) is not None else ""
+    cells += [
+        Cell(numbers.write(disk), (_smaller(whole, disk),)),
+        _request(book, entry, subject),
+        Cell(numbers.write(accuracy, "value"), (numbers.interval(accuracy), change)),
+    ]
+    shape = book.shape(entry, SPEED_MODEL, _device(book, entry, SPEED_MODEL)).get("size.disk_bytes")
+    base = baseline and book.shape(baseline, SPEED_MODEL, _device(book, baseline, SPEED_MODEL)).get("size.disk_bytes")
+    return [*cells, Cell(numbers.write(shape), (_smaller(base, shape),)), _request(book, entry, SPEED_MODEL), _published(claim)]
+
+
+def _name(entry: Entry | None) -> str:
+    if entry is None:
+        return ""
+    return entry.name + ("" if entry.state == "done" else f" ({entry.label})")
+
+
+def _device(book: Book, entry: Entry, model: str) -> str:
+    devices = book.speed.get(model, {})
+    return entry.device if entry.device in devices else next(iter(devices), entry.device)
+
+
+def _request(book: Book, entry: Entry, model: str) -> Cell:
+    """Request time on every device that has a speed record of this shape; speed-up from the same record."""
+    devices = sorted(book.speed.get(model, {}), key=lambda device: device != entry.device)
+    lines = []
+    for device in devices:
+        time = book.shape(entry, model, device).get("latency.request_ms")
+        if numbers.number(time) is None:
+            continue
+        text = numbers.write(time, "value") + (f" on {device}" if len(devices) > 1 else "")
+        faster = book.shape(entry, model, device).get("latency.request_speedup")
+        words = numbers.speedup(faster) if numbers.number(faster) is not None else ""
+        lines += [text, numbers.interval(time), f"{words} as fast" if words not in ("", numbers.SAME) else words]
+    return Cell(lines[0], tuple(lines[1:])) if lines else Cell(numbers.ABSENT)
+
+
+def _smaller(whole: dict | None, part: dict | None) -> str:
+    times = numbers.ratio(whole, part)
+    return f"{times} smaller" if times and whole is not part else ""
+
+
+def _times(whole: float, part: float, word: str) -> str:
+    times = numbers.ratio({"value": whole}, {"value": part})
+    return "" if whole == part else f"{times} {'as fast' if word == 'faster' else word}"
+
+
+def _points(whole: float, part: float) -> str:
+    return "" if whole == part else f"{'−' if part < whole else '+'}{abs(part - whole):.1f} points"
+
+
+def _published(claim: Claim) -> Cell:
+    """Random weights have no accuracy; what Qwen's authors report for the trained model stands below."""
+    text = "not measured (random weights)"
+    if not claim.mmlu:
+        return Cell(text, kind="absent")
+    value, whole = QWEN_MMLU[claim.mmlu], QWEN_MMLU["bf16"]
+    change = f", {_points(whole, value)}" if value != whole else ""
+    return Cell(text, (f"Qwen reports MMLU {value} for {claim.mmlu}{change}",), kind="absent")

@@ -1,0 +1,127 @@
+"""Placeholders in Markdown cells: ``{{ quality.perplexity }}`` becomes the record's value, interval and unit.
+
+In a strategy's notebook a placeholder names a measurement, or one of its fields (``{{ quality.kl.value }}``). In the
+report it names the strategy first: ``{{ rtn-int4: quality.perplexity }}``, ``{{ speed-qwen-72b: int4-g128.latency.decode_ms }}``.
+A measurement that is missing because a strategy failed reads "not measured"; a name that does not exist is an error.
+"""
+
+import re
+from typing import Callable
+
+from qlib.errors import UserError, nearest
+from qlib.progress import clock
+from qlib.report import numbers, words
+from qlib.report.book import Book, Entry
+from qlib.report.measures import FIELDS, MEASURES
+
+__all__ = ["fill", "entry_words", "book_words"]
+
+PLACEHOLDER = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
+ASKED = (*FIELDS, "interval")
+ABOUT = ("name", "title", "model", "device", "protocol", "state", "duration", "peak_memory", "commit", "parameters")
+SENTENCES: dict[str, Callable[[Book], str]] = {
+    "finding": words.finding,
+    "article": words.article_verdict,
+    "failures": words.failure_words,
+}
+
+
+def fill(text: str, resolve: Callable[[str], str], where: str) -> str:
+    """Replace every placeholder of a Markdown text; values are escaped for Markdown and HTML.
+
+    Args:
+        resolve: turns what stands between the braces into plain text.
+        where: notebook and cell, for the error message.
+
+    Raises:
+        UserError: a placeholder is unknown.
+    """
+
+    def value(match: re.Match) -> str:
+        try:
+            return _escape(resolve(match[1].strip()))
+        except UserError as error:
+            raise UserError(f"{where}: placeholder '{{{{ {match[1].strip()} }}}}': {error}") from None
+
+    return PLACEHOLDER.sub(value, text)
+
+
+def _escape(text: str) -> str:
+    """Write what Markdown or HTML could read as markup as character references."""
+    return re.sub(r"[\\`*_{}\[\]<>&\"'|$~#!]", lambda match: f"&#{ord(match[0])};", text)
+
+
+def entry_words(entry: Entry | None) -> Callable[[str], str]:
+    """Resolve placeholders of one strategy's notebook from its record; None: it has none."""
+
+    def resolve(name: str) -> str:
+        if name in ABOUT:
+            return _about(entry, name)
+        return _measurement(entry.measurements if entry else {}, name)
+
+    return resolve
+
+
+def book_words(book: Book) -> Callable[[str], str]:
+    """Resolve placeholders of the report: ``finding``, ``verdict: NAME``, ``NAME: measurement``."""
+
+    def resolve(name: str) -> str:
+        scope, colon, path = (part.strip() for part in name.partition(":"))
+        if not colon:
+            if scope in SENTENCES:
+                return SENTENCES[scope](book)
+            raise UserError(f"unknown{nearest(scope, SENTENCES)}; allowed: {', '.join(SENTENCES)}, verdict: NAME, NAME: measurement")
+        if scope == "verdict":
+            return words.verdict(book, book.get(path))
+        entry = book.get(scope)
+        if path in ABOUT:
+            return _about(entry, path)
+        if (entry and entry.family == "speed") or scope.startswith("speed-"):
+            return _speed(entry, path)
+        return _measurement(entry.measurements if entry else {}, path)
+
+    return resolve
+
+
+def _measurement(measurements: dict[str, dict], path: str) -> str:
+    name, asked = path, None
+    if path not in measurements and path.rpartition(".")[2] in ASKED:
+        name, _, asked = path.rpartition(".")
+    if name not in measurements and name not in MEASURES:
+        raise UserError(f"unknown{nearest(name, [*measurements, *MEASURES, *ABOUT])}")
+    if name.endswith("_speedup") and asked is None:
+        return numbers.speedup(measurements.get(name))
+    return numbers.write(measurements.get(name), asked)
+
+
+def _speed(entry: Entry | None, path: str) -> str:
+    """``int4-g128.latency.decode_ms``: the format's name ends where a measurement's begins."""
+    match = re.match(r"(.+?)\.((?:latency|size|compress|energy)\..+)", path)
+    if not match:
+        raise UserError("a speed record is asked for a format and a measurement, as in int4-g128.latency.decode_ms")
+    formats = (entry.record.get("formats") or {}) if entry else {}
+    if formats and match[1] not in formats:
+        raise UserError(f"format '{match[1]}' is unknown{nearest(match[1], formats)}; measured: {', '.join(formats)}")
+    return _measurement(formats.get(match[1], {}), match[2])
+
+
+def _about(entry: Entry | None, name: str) -> str:
+    """A fact about the run itself."""
+    if entry is None:
+        return numbers.ABSENT
+    record = entry.record
+    seconds = numbers.number({"value": record.get("duration_seconds")})
+    memory = record.get("peak_memory_bytes")
+    facts = {
+        "name": entry.name,
+        "title": entry.title,
+        "model": entry.model,
+        "device": entry.device,
+        "state": entry.label,
+        "protocol": record.get("protocol"),
+        "duration": clock(seconds) if seconds is not None else None,
+        "peak_memory": numbers.write({"value": (memory or {}).get("value"), "unit": "bytes"}) if isinstance(memory, dict) else None,
+        "commit": (record.get("provenance") or {}).get("commit"),
+        "parameters": numbers.write({"value": (record.get("subject") or {}).get("parameters"), "unit": "tokens"}, "value").split(numbers.SPACE)[0],
+    }
+    return str(facts[name] or numbers.ABSENT)

@@ -1,0 +1,163 @@
+"""What is done to an executed notebook before it becomes a page: current prose, numbers in words, strategies inserted.
+
+All are nbconvert preprocessors: functions of notebook and resources that return both.
+"""
+
+from html import escape
+from pathlib import Path
+from typing import Callable
+
+import nbformat
+from nbformat import NotebookNode
+
+from qlib.report.book import Book, Entry
+from qlib.report.fill import fill
+from qlib.report.measures import family_label
+from qlib.report.show import summary
+from qlib.report.structure import scope_ids
+from qlib.report.tables import rerun
+from qlib.report.words import verdict
+
+__all__ = ["current_prose", "strip_banners", "fill_placeholders", "insert_strategies", "tags"]
+
+Preprocessor = Callable[[NotebookNode, dict], tuple[NotebookNode, dict]]
+BANNER = "papermill-error-cell-tag"
+STITCHED = ("summary", "figure")
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    """The tags of a cell."""
+    return list(cell.get("metadata", {}).get("tags", []))
+
+
+def strip_banners(notebook: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
+    """Remove the two cells that papermill writes into a notebook that failed; the report has a box of its own."""
+    notebook.cells = [cell for cell in notebook.cells if BANNER not in tags(cell)]
+    return notebook, resources
+
+
+def current_prose(source: NotebookNode) -> Preprocessor:
+    """Take Markdown from the source notebook, so that editing prose needs no execution.
+
+    Where both notebooks hold the same code cells, the source's order and its new Markdown cells count as well;
+    otherwise the executed notebook's order is kept and Markdown is replaced cell by cell.
+    """
+
+    def update(notebook: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
+        current = {cell.get("id"): cell for cell in source.cells}
+        executed = {cell.get("id"): cell for cell in notebook.cells if cell.cell_type == "code"}
+        injected = [cell for cell in notebook.cells if "injected-parameters" in tags(cell)]
+        own = set(executed) - {cell.get("id") for cell in injected}
+        if own == {cell.get("id") for cell in source.cells if cell.cell_type == "code"}:
+            cells = []
+            for cell in source.cells:
+                cells.append(executed.get(cell.get("id"), cell))
+                cells += injected if "parameters" in tags(cell) else []
+        else:
+            cells = [
+                current.get(cell.get("id"), cell) if cell.cell_type == "markdown" else cell for cell in notebook.cells
+            ]
+        notebook.cells = [NotebookNode(cell) for cell in cells]
+        return notebook, resources
+
+    return update
+
+
+def fill_placeholders(resolve: Callable[[str], str], name: str) -> Preprocessor:
+    """Fill the placeholders of all Markdown cells; an unknown one raises a UserError that names cell and placeholder."""
+
+    def update(notebook: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source = fill(cell.source, resolve, f"{name}: cell {cell.get('id', '?')}")
+        return notebook, resources
+
+    return update
+
+
+def insert_strategies(book: Book) -> Preprocessor:
+    """Insert a section per strategy after the cell tagged ``strategies``."""
+
+    def update(notebook: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
+        cells = []
+        for cell in notebook.cells:
+            cells.append(cell)
+            if "strategies" in tags(cell):
+                cells += [part for entry in book.strategies for part in _section(book, entry)]
+        notebook.cells = cells
+        return notebook, resources
+
+    return update
+
+
+def _section(book: Book, entry: Entry) -> list[NotebookNode]:
+    """Heading and recipe, the outputs its notebook is tagged for, and what went wrong if something did."""
+    parts, own = [_html_cell(_opening(book, entry))], book.anchor(entry).removeprefix("strategy-")
+    if entry.failed:
+        parts.append(_html_cell(_failure(entry)))
+    outputs = _tagged(entry.notebook) if entry.notebook and not entry.failed else []
+    if outputs:
+        for output in outputs:
+            if "text/html" in output.get("data", {}):
+                output.data["text/html"] = scope_ids(output.data["text/html"], own)
+        parts.append(_cell(outputs))
+    elif entry.measurements:
+        parts.append(_html_cell(scope_ids(summary(entry.record)._repr_html_(), own)))
+    return parts
+
+
+def _tagged(file: Path) -> list[NotebookNode]:
+    """The outputs of the cells tagged ``summary`` or ``figure`` of an executed notebook."""
+    notebook = nbformat.read(file, as_version=4)
+    wanted = [cell for cell in notebook.cells if cell.cell_type == "code" and set(tags(cell)) & set(STITCHED)]
+    return [out for cell in wanted for out in cell.outputs if out.output_type in ("display_data", "execute_result")]
+
+
+def _cell(outputs: list[NotebookNode]) -> NotebookNode:
+    cell = nbformat.v4.new_code_cell("", outputs=outputs)
+    cell.metadata["transient"] = {"remove_source": True}
+    return cell
+
+
+def _html_cell(html: str) -> NotebookNode:
+    return _cell([nbformat.v4.new_output("display_data", {"text/html": html})])
+
+
+def _opening(book: Book, entry: Entry) -> str:
+    import yaml
+
+    other = entry.record.get("title") or entry.params.get("title") or {}
+    chinese = other.get("zh") if isinstance(other, dict) else ""
+    chinese = f' <span class="note" lang="zh">{escape(str(chinese))}</span>' if chinese else ""
+    facts = [f'<span class="key {escape(entry.family)}"></span> {escape(family_label(entry.family))}']
+    facts += [f"<code>{escape(entry.name)}</code>", escape(f"{entry.model} on {entry.device}")]
+    facts.append(f'<span class="state {escape(entry.state)}">{escape(entry.label)}</span>')
+    recipe = entry.params.get("recipe")
+    recipe = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "# empty: the model as it is\n"
+    page = book.page(entry)
+    steps = "shows how far it got" if entry.failed else "shows every step"
+    link = f' <a href="{escape(page)}">The executed notebook</a> {steps}.' if page else ""
+    words = "" if entry.family == "baseline" or not entry.measurements else f"It {verdict(book, entry)}."
+    return (
+        f'<h3 id="{book.anchor(entry)}">{escape(entry.title)}{chinese}</h3>'
+        f'<p class="about">{" · ".join(facts)}</p><p>{escape(words)}{link}</p>'
+        f'<pre class="recipe" tabindex="0" aria-label="Recipe of {escape(entry.name)}"><code>{escape(recipe)}</code></pre>'
+    )
+
+
+def _failure(entry: Entry) -> str:
+    """A labelled box: cause, cell, last lines, and how to run just this again."""
+    status = entry.status
+    cell = status.get("cell") if isinstance(status.get("cell"), dict) else {}
+    rows = [("Cause", escape(str(status.get("cause") or "no cause was recorded")))]
+    if cell:
+        where = escape(f"cell {cell.get('index', '?')} ({cell.get('id', '?')})")
+        rows.append(("Where", f"{where}<pre><code>{escape(str(cell.get('source') or ''))}</code></pre>"))
+    if status.get("last_lines"):
+        lines = escape("\n".join(map(str, status["last_lines"])))
+        rows.append(("Last lines", f"<pre><code>{lines}</code></pre>"))
+    rows.append(("Run just this", f"<code>{escape(rerun(entry))}</code>"))
+    body = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows)
+    title = {"timeout": "Ran out of time", "crashed": "Crashed", "interrupted": "Interrupted"}.get(entry.state, "Failed")
+    name = escape(entry.name)
+    return f'<div class="failure" role="group" aria-label="Failure of {name}"><p><strong>{title}: {name}</strong></p><dl>{body}</dl></div>'

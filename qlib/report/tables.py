@@ -1,0 +1,192 @@
+"""The report's tables: the full comparison, speed at true shapes, failures, and where every number comes from."""
+
+from typing import Sequence
+
+from qlib.progress import clock
+from qlib.report import numbers
+from qlib.report.article import article_table
+from qlib.report.book import SPEED_MODEL, Book, Entry
+from qlib.report.html import Cell, Column, Group, Table, mark_best, measured
+from qlib.report.measures import MEASURES, family_label
+
+__all__ = ["article_table", "comparison", "speed_table", "failures", "provenance", "floor", "rerun"]
+
+#: Columns of the comparison: group, title, measurement name.
+COMPARED = (
+    ("Quality", "Accuracy", "quality.accuracy"),
+    ("Quality", "Accuracy change, paired", "quality.accuracy_delta"),
+    ("Quality", "Keeps 99 %", ""),
+    ("Quality", "Perplexity", "quality.perplexity"),
+    ("Quality", "Bits per byte", "quality.bits_per_byte"),
+    ("Quality", "KL divergence", "quality.kl"),
+    ("Quality", "Top-1 agreement", "quality.top1_agreement"),
+    ("Size", "Bits per weight", "size.bits_per_weight"),
+    ("Size", "On disk", "size.disk_bytes"),
+    ("Size", "In memory", "size.resident_bytes"),
+    ("Speed", "Prefill", "shape.latency.prefill_ms"),
+    ("Speed", "Decode, per token", "shape.latency.decode_ms"),
+    ("Speed", "Prefill speed-up", "shape.latency.prefill_speedup"),
+    ("Speed", "Decode speed-up", "shape.latency.decode_speedup"),
+    ("Compressing", "Time", "compress.seconds"),
+    ("Compressing", "Peak memory", "compress.peak_rss_bytes"),
+)
+
+NONE = Cell("n/a", kind="absent")  # what a baseline cannot have
+
+
+def comparison(book: Book, model: str | None = None, shape: str = SPEED_MODEL) -> Table:
+    """Every strategy of a model (default: the first), all measurements, speeds at a true shape."""
+    entries = book.of(model)
+    columns, cells = [Column("Strategy"), Column("State")], []
+    eligible = [e.family != "baseline" for e in entries]
+    for group, title, name in COMPARED:
+        group = f"Speed at the shape of {shape}" if group == "Speed" else group
+        if not name:
+            columns.append(Column(title, "of the baseline", group))
+            cells.append([Cell("baseline" if e.family == "baseline" else book.gate(e)) for e in entries])
+            continue
+        found = [_look_up(book, entry, name, shape) for entry in entries]
+        column, written = measured(title, found, group)
+        written = [NONE if e.family == "baseline" and c.text == numbers.ABSENT else c for c, e in zip(written, entries)]
+        columns.append(column)
+        cells.append(_marked(name.removeprefix("shape."), written, found, eligible))
+    heads = [[_link(entry, book), Cell(entry.label)] for entry in entries]
+    rows = [[*head, *rest] for head, rest in zip(heads, zip(*cells))]
+    caption = (
+        f"Every strategy on {model or next(iter(book.models), 'the quality subject')}. Small print: 95 % bootstrap intervals. "
+        "“best” marks the best value among the compressed strategies; two of them differ only where a paired "
+        "interval says so. 1 MB = 1,000,000 bytes."
+    )
+    return Table(columns, _grouped(entries, rows), caption, f"comparison-{model}" if model else "comparison")
+
+
+def _marked(name: str, written: list[Cell], found: list[dict | None], eligible: list[bool]) -> list[Cell]:
+    """A column with its best value marked; a speed-up that cannot be told from none says so and is never best."""
+    same = [name.endswith("_speedup") and numbers.speedup(m) == numbers.SAME for m in found]
+    written = [Cell(numbers.SAME, c.notes, kind="words") if alike else c for c, alike in zip(written, same)]
+    return mark_best(written, found, MEASURES[name].better, [fine and not alike for fine, alike in zip(eligible, same)])
+
+
+def _look_up(book: Book, entry: Entry, name: str, shape: str) -> dict | None:
+    if not name.startswith("shape."):
+        return entry.measure(name)
+    return book.shape(entry, shape).get(name.removeprefix("shape."))
+
+
+def _link(entry: Entry, book: Book) -> Cell:
+    twins = [e for e in book.strategies if (e.name, e.model) == (entry.name, entry.model)]
+    return Cell(entry.name, (entry.device,) if len(twins) > 1 else (), link=f"#{book.anchor(entry)}")
+
+
+def _grouped(entries: Sequence[Entry], rows: Sequence[list[Cell]]) -> list[list[Cell] | Group]:
+    """Rows under the name of their family."""
+    grouped: list[list[Cell] | Group] = []
+    family = None
+    for entry, row in zip(entries, rows):
+        if entry.family != family:
+            family = entry.family
+            grouped.append(Group(family_label(family), family))
+        grouped.append(row)
+    return grouped
+
+
+def floor(measures: dict[str, dict]) -> dict | None:
+    """The roofline floor of a decode step: measured time x its share of the roofline."""
+    time, share = numbers.number(measures.get("latency.decode_ms")), numbers.number(measures.get("latency.roofline_fraction"))
+    return None if time is None or share is None else {"value": time * share, "unit": "ms"}
+
+
+def speed_table(entry: Entry) -> Table:
+    """All formats of one speed record, the fastest decode last read against its roofline floor."""
+    formats: dict[str, dict[str, dict]] = entry.record["formats"]
+    names = list(formats)
+    columns, cells = [Column("Format")], [[Cell(name) for name in names]]
+    for title, name in (
+        ("On disk", "size.disk_bytes"),
+        ("Bits per weight", "size.bits_per_weight"),
+        ("Prefill", "latency.prefill_ms"),
+        ("Prefill speed-up", "latency.prefill_speedup"),
+        ("Decode, per token", "latency.decode_ms"),
+        ("Decode speed-up", "latency.decode_speedup"),
+        ("Roofline floor", "floor"),
+        ("Request", "latency.request_ms"),
+        ("Time to compress", "compress.seconds"),
+    ):
+        found = [floor(formats[f]) if name == "floor" else formats[f].get(name) for f in names]
+        column, written = measured(title, found)
+        columns.append(column)
+        cells.append(_marked(name, written, found, [True] * len(names)) if name in MEASURES else written)
+    columns.append(Column("Kernels"))
+    cells.append([Cell(kernels(entry.record, name)) for name in names])
+    rows = [list(row) for row in zip(*cells)]
+    how = next((f"Conditions: {m['conditions']}." for f in formats.values() for m in f.values() if m.get("conditions")), "")
+    caption = (
+        f"Number formats at the shape of {entry.model} on {entry.device}, random weights, timed in interleaved rounds of one "
+        "process. Speed-ups are paired ratios to bf16. The floor is the bytes that a token must read over the read "
+        f"bandwidth measured in the same rounds. {how}"
+    )
+    return Table(columns, rows, caption.strip(), f"speed-{entry.model}-{entry.device}")
+
+
+def kernels(record: dict, name: str) -> str:
+    """The kernels a format ran on, from wherever the record's details tell them."""
+    details = record.get("details") or {}
+    found = (details.get("kernels") or {}).get(name)
+    for part in ("layer", "head"):
+        raw = (details.get(part) or {}).get(name)
+        if not found and isinstance(raw, dict):
+            found = raw.get("kernels") or raw.get("kernel")
+    if isinstance(found, dict):
+        return ", ".join(f"{use}: {kernel}" for use, kernel in found.items())
+    if isinstance(found, (list, tuple)):
+        return ", ".join(dict.fromkeys(map(str, found)))
+    return str(found) if found else "not recorded"
+
+
+def rerun(entry: Entry) -> str:
+    """The command that runs just this strategy again."""
+    return f"qlib run params/{entry.name}.yaml"
+
+
+def failures(book: Book) -> Table | None:
+    """Strategies that failed: why, in which cell, what was said last, and how to run just them. None if none did."""
+    rows = []
+    for entry in book.failures:
+        cell = entry.status.get("cell") or {}
+        where = f"cell {cell.get('index', '?')} ({cell.get('id', '?')})" if cell else "between cells"
+        last = tuple(map(str, (entry.status.get("last_lines") or [])[-3:]))
+        cause = str(entry.status.get("cause") or "no cause was recorded")
+        rows.append([_link(entry, book), Cell(entry.label), Cell(cause), Cell(where), Cell("", last), Cell(rerun(entry))])
+    columns = [Column(t) for t in ("Strategy", "State", "Cause", "Cell", "Last lines", "Run just this")]
+    return Table(columns, rows, "What failed. A failure stops no other strategy.", "failures") if rows else None
+
+
+def provenance(book: Book) -> Table:
+    """One line per run: code, lock, machine, seed, time and memory."""
+    columns = ("Run", "Model", "State", "Commit", "Lock", "Processor", "Threads", "Seed", "Started", "Took", "Peak memory", "Key")
+    rows = []
+    for entry in (e for e in book.entries if e.record):
+        found = entry.record.get("provenance") or {}
+        commit = str(found.get("commit") or "unknown")[:10] + (", changed files" if found.get("dirty") else "")
+        seconds = numbers.number({"value": entry.record.get("duration_seconds")})
+        memory = entry.record.get("peak_memory_bytes") or {}
+        peak = numbers.write({"value": memory.get("value"), "unit": "bytes"}) if isinstance(memory, dict) else ""
+        rows.append(
+            [
+                Cell(entry.name, (entry.device,), link=book.page(entry)),
+                Cell(entry.model),
+                Cell(entry.label),
+                Cell(commit),
+                Cell(str(found.get("lock_sha256") or "unknown")[:10]),
+                Cell(str(found.get("gpu") or found.get("cpu") or "unknown"), (f"Python {found.get('python', '?')}",)),
+                Cell(str(found.get("threads") or "unknown")),
+                Cell(str(found.get("seed", (entry.params or {}).get("seed", "unknown")))),
+                Cell(str(found.get("started") or "unknown").replace("T", " ")[:16]),
+                Cell(clock(seconds) if seconds is not None else numbers.ABSENT),
+                Cell(peak, (str(memory.get("method") or ""),) if isinstance(memory, dict) else ()),
+                Cell(str(entry.record.get("key") or "none")[:10]),
+            ]
+        )
+    caption = "Where every number comes from. A run is repeated only if its key changes: code, parameters, versions, data or device."
+    aligned = ("Threads", "Seed", "Started", "Took", "Peak memory")
+    return Table([Column(title, numeric=title in aligned) for title in columns], rows, caption, "provenance")

@@ -1,0 +1,97 @@
+"""Sentences about the results, chosen by the results: they stay true whichever way the numbers fall."""
+
+from qlib.report import numbers
+from qlib.report.article import chosen, CLAIMS
+from qlib.report.book import SPEED_MODEL, Book, Entry
+
+__all__ = ["finding", "verdict", "article_verdict", "failure_words"]
+
+
+def finding(book: Book) -> str:
+    """The report's first sentence: the smallest strategy that keeps 99 % of the accuracy, or that there is none."""
+    rows = [e for e in book.of() if e.family != "baseline" and numbers.number(e.measure("quality.accuracy")) is not None]
+    rows.sort(key=lambda e: numbers.number(e.measure("size.disk_bytes")) or float("inf"))
+    if not rows:
+        return "No compressed strategy has been measured yet."
+    gates = {answer: [e for e in rows if book.gate(e) == answer] for answer in ("yes", numbers.OPEN, "no")}
+    of = f"Of {_count(len(rows), 'compressed strategy', 'compressed strategies')} of {rows[0].model}, "
+    if gates["yes"]:
+        best = gates["yes"][0]
+        return f"{of}{best.name} is the smallest that keeps at least 99 % of the baseline's accuracy: {_facts(book, best)}"
+    if gates[numbers.OPEN]:
+        best = gates[numbers.OPEN][0]
+        return f"{of}none is shown to keep 99 % of the baseline's accuracy; {best.name} is the smallest that may: {_facts(book, best)}"
+    if gates["no"] == rows:
+        best = max(rows, key=lambda e: numbers.number(e.measure("quality.accuracy_delta")) or -100)
+        return f"{of}every one loses more than 1 % of the baseline's accuracy; {best.name} loses least: {_facts(book, best)}"
+    return f"{of}none can be compared with the baseline yet."
+
+
+def _count(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"
+
+
+def _facts(book: Book, entry: Entry) -> str:
+    baseline = book.baseline(entry)
+    size, whole = entry.measure("size.disk_bytes"), baseline and baseline.measure("size.disk_bytes")
+    times = numbers.ratio(whole, size)
+    accuracy, before = entry.measure("quality.accuracy"), baseline and baseline.measure("quality.accuracy")
+    facts = [f"{numbers.write(size)} on disk" + (f" ({times} smaller)" if times else "")]
+    facts += [f"accuracy {numbers.write(accuracy)} against {numbers.write(before, 'value')}"]
+    speed = book.shape(entry).get("latency.decode_speedup")
+    if numbers.number(speed) is not None:
+        words = numbers.speedup(speed)
+        words = f"decode {words} as fast as bf16" if words != numbers.SAME else f"{words} in decode"
+        facts.append(f"at the true shape of {SPEED_MODEL.replace('qwen', 'Qwen').replace('b', 'B')}, {words}")
+    return "; ".join(facts) + "."
+
+
+def verdict(book: Book, entry: Entry | None) -> str:
+    """``keeps``, ``loses more than`` or ``is not shown to keep`` 99 % of the baseline's accuracy, as one clause."""
+    words = {
+        "yes": "keeps at least 99 % of the baseline's accuracy",
+        "no": "loses more than 1 % of the baseline's accuracy",
+        numbers.OPEN: "may or may not keep 99 % of the baseline's accuracy, as the interval holds both",
+    }
+    if not entry or book.gate(entry) not in words:
+        return "has not been compared with the baseline"
+    return f"{words[book.gate(entry)]}; change {numbers.write(entry.measure('quality.accuracy_delta'))}"
+
+
+def article_verdict(book: Book) -> str:
+    """One sentence: which of the article's claims hold here, by size and by accuracy."""
+    held, missed, unknown = [], [], []
+    first = CLAIMS[0]
+    for claim in CLAIMS[1:]:
+        entry = chosen(book, claim)
+        baseline = entry and book.baseline(entry)
+        name = claim.title.lower()
+        if not entry or not baseline:
+            unknown.append(name)
+            continue
+        size, whole = (numbers.number(e.measure("size.disk_bytes")) for e in (entry, baseline))
+        loss = numbers.meets(entry.measure("quality.accuracy_delta"), claim.accuracy - first.accuracy, "higher")
+        if not size or not whole or loss in (numbers.ABSENT, numbers.OPEN):
+            unknown.append(name)
+        elif size / whole <= claim.size / first.size and loss == "yes":
+            held.append(name)
+        else:
+            missed.append(name)
+    parts = [
+        f"{words} for {_list(names)}"
+        for words, names in (("hold", held), ("do not hold", missed), ("are not resolved", unknown))
+        if names
+    ]
+    return f"Here, the article's claims about size and accuracy {'; they '.join(parts)}."
+
+
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def failure_words(book: Book) -> str:
+    """How many strategies failed, in one sentence."""
+    done = sum(not e.failed for e in book.entries)
+    if not book.failures:
+        return f"Nothing failed: all {_count(done, 'run', 'runs')} finished." if done else "Nothing has been run yet."
+    return f"{_count(len(book.failures), 'run', 'runs')} of {len(book.entries)} failed; what is missing for that reason reads “not measured”."

@@ -1,0 +1,100 @@
+"""The cache key: a strategy is up to date while everything its numbers depend on is what it was."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from qlib.errors import UserError
+from qlib.params import Strategy, pass_modules, to_dict
+from qlib.runs.imports import reach
+from qlib.runs.provenance import device_class, version_of
+from qlib.runs.subject_hash import data_hash, model_hash
+
+__all__ = ["key_parts", "key_of", "differences", "code_cells", "SOURCE"]
+
+SOURCE = Path(__file__).parent.parent
+#: Parameters that only say how a strategy is called and when it runs.
+NAMES_ONLY = ("title", "tier")
+
+
+def key_parts(strategy: Strategy, root: Path, source: Path = SOURCE) -> dict[str, Any]:
+    """What the numbers of `strategy` depend on, part by part.
+
+    Args:
+        root: the project: notebooks, and what relative paths in parameters refer to.
+        source: folder of the package whose sources are read.
+
+    Raises:
+        UserError: the model or the text does not exist.
+    """
+    notebook = root / "notebooks" / strategy.notebook
+    cells = code_cells(notebook)
+    passes = pass_modules()
+    try:
+        reached = reach([passes[step["pass"]] for step in strategy.recipe], "\n".join(cells), source)
+    except SyntaxError as error:
+        raise UserError(f"{error.filename or notebook.name}: is not plain Python: {error.msg}: {error.text}") from None
+    return {
+        "notebook": _digest(cells),
+        "parameters": {name: value for name, value in to_dict(strategy).items() if name not in NAMES_ONLY},
+        "sources": dict(sorted(reached.sources.items())),
+        "packages": {name: version_of(name) for name in sorted(reached.packages)},
+        "model": strategy.model if strategy.family == "speed" else model_hash(strategy.model, root),
+        "data": {} if strategy.family == "speed" else _texts(strategy, root),
+        "device": device_class(),
+    }
+
+
+def key_of(parts: dict[str, Any]) -> str:
+    """One SHA-256 over all parts."""
+    return _digest(parts)
+
+
+def code_cells(notebook: Path) -> list[str]:
+    """Source of the code cells, in order; prose, outputs and metadata do not count."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{notebook}: is not a notebook that can be read") from None
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def _texts(strategy: Strategy, root: Path) -> dict[str, str]:
+    texts = {strategy.evaluation.text} | ({strategy.calibration.text} if strategy.recipe else set())
+    return {text: data_hash(text, root) for text in sorted(texts)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Say in words which parts changed: ``sources qlib.quantize.rtn changed``, ``parameters recipe[0].bits: 4 -> 3``."""
+    found = []
+    for part in new:
+        before, after = _flat(old.get(part), part), _flat(new[part], part)
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) == after.get(name):
+                continue
+            short = [_short(side.get(name)) for side in (before, after)]
+            hashed = part in ("notebook", "sources", "data") or (part == "model" and len(str(after.get(name))) == 64)
+            if name not in before or name not in after:
+                found.append(f"{name} {'new' if name not in before else 'gone'}")
+            else:
+                found.append(f"{name} changed" if hashed else f"{name}: {short[0]} -> {short[1]}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {k: v for i, item in enumerate(value) for k, v in _flat(item, f"{name}[{i}]").items()}
+    if not isinstance(value, dict):
+        return {name: value}
+    space = " " if name in ("parameters", "sources", "packages", "data") else "."
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}{space}{key}").items()}

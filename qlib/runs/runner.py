@@ -1,0 +1,125 @@
+"""Run many strategies one after the other: what is out of date, baseline first, speed last; a failure stops no other."""
+
+import json
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qlib.errors import UserError
+from qlib.params import Strategy, expectation
+from qlib.paths import write_atomic
+from qlib.progress import clock
+from qlib.runs.display import Line
+from qlib.runs.estimate import Estimate, announce, estimate
+from qlib.runs.execute import Outcome, execute
+from qlib.runs.injection import injected
+from qlib.runs.state import Busy, State, state_of
+
+__all__ = ["Job", "run_all", "check_writable"]
+
+#: The baseline is what others are compared with; a timing wants the machine for itself, after all else.
+FIRST, LAST = "baseline", "speed"
+
+
+@dataclass
+class Job:
+    """A strategy and the file it was read from."""
+
+    strategy: Strategy
+    file: Path
+
+
+def run_all(jobs: list[Job], root: Path, runs: Path, force: bool = False, limit: float | None = None) -> int:
+    """Run every job that is not up to date.
+
+    Returns:
+        Exit code: 0 all are done, 1 at least one failed, 130 interrupted.
+
+    Raises:
+        UserError: before anything runs: a model or text that does not exist, parameters that the notebook does not
+            take, a folder that cannot be written.
+    """
+    check_writable(runs)
+    jobs = sorted(jobs, key=lambda job: (job.strategy.family == LAST, job.strategy.family != FIRST))
+    states = [_state(job, root, runs) for job in jobs]
+    waiting = [(job, state) for job, state in zip(jobs, states) if force or state.state != "done"]
+    for job, state in zip(jobs, states):
+        if (job, state) not in waiting:
+            _rename(job.strategy, state)
+    _say(f"{len(waiting)} of {len(jobs)} strategies to run" + ("" if waiting else ": all are up to date"))
+    guesses = [estimate(j.strategy, s.record, root / "reports" / "published", expectation(j.file)) for j, s in waiting]
+    for line in announce(guesses):
+        _say(f"  {line}")
+    ended: list[tuple[str, Outcome]] = []
+    try:
+        for (job, state), guess in zip(waiting, guesses):
+            ended.append((job.strategy.name, _run_one(job.strategy, root, runs, state, guess, limit)))
+    except KeyboardInterrupt:
+        _say(f"interrupted; {len(ended)} of {len(waiting)} had ended. The same command goes on from here.")
+        return 130
+    return _summary(ended)
+
+
+def _state(job: Job, root: Path, runs: Path) -> State:
+    injected(job.strategy, root)
+    try:
+        return state_of(job.strategy, root, runs)
+    except UserError as error:
+        raise UserError(f"{job.strategy.name}: {error}") from None
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure that results can be written before anything is computed.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another with --runs") from None
+
+
+def _run_one(
+    strategy: Strategy, root: Path, runs: Path, state: State, guess: Estimate, limit: float | None
+) -> Outcome:
+    line = Line(strategy.name, guess.seconds)
+    why = f" ({'; '.join(state.why[:2])}{'; ...' if len(state.why) > 2 else ''})" if state.why else ""
+    _say(f"{strategy.name}: running" + (f"; it was {state.state}{why}" if state.state != "never run" else ""))
+    try:
+        outcome = execute(strategy, root, runs, state.parts, limit, line.update)
+    except Busy as busy:
+        outcome = Outcome("failed", str(busy))
+    except OSError as error:
+        outcome = Outcome("failed", f"{type(error).__name__}: {error}")
+    took = clock(outcome.seconds)
+    line.close(f"{strategy.name}: {outcome.state}" + (f" in {took}" if not outcome.cause else f": {outcome.cause}"))
+    return outcome
+
+
+def _rename(strategy: Strategy, state: State) -> None:
+    """Title and tier are words: bring them up to date in a finished record without a run."""
+    record, title = state.record or {}, asdict(strategy.title)
+    if record.get("title") != title or record.get("tier") != strategy.tier:
+        words = {"title": title, "tier": strategy.tier}
+        record |= words | {"params": record["params"] | words}
+        write_atomic(state.folder / "record.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _summary(ended: list[tuple[str, Outcome]]) -> int:
+    bad = [(name, outcome) for name, outcome in ended if outcome.state != "done"]
+    for name, outcome in bad:
+        where = f", cell {outcome.cell['index'] + 1} (id {outcome.cell['id']})" if outcome.cell else ""
+        _say(f"\n{name}: {outcome.state}{where}: {outcome.cause}")
+        for text in outcome.last_lines:
+            _say(f"    {text}")
+    if ended:
+        _say(f"{len(ended) - len(bad)} done, {len(bad)} failed in {clock(sum(o.seconds for _, o in ended))}")
+    return 1 if bad else 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,186 @@
+"""Train a small causal language model from random weights: checkpointed, resumable, the same for the same seed."""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from qlib.errors import UserError
+from qlib.progress import clock
+
+__all__ = ["Schedule", "pretrain"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How to train. Lengths in tokens; `stages` are pairs of (sequence length, share of the token budget)."""
+
+    tokens: int
+    batch_tokens: int = 8192
+    stages: tuple[tuple[int, float], ...] = ((128, 0.7), (256, 0.3))
+    peak_lr: float = 4e-3
+    final_share: float = 0.01
+    warmup: float = 0.02
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    compile: bool = True
+    checkpoint_seconds: float = 120.0
+
+    @property
+    def steps(self) -> int:
+        return max(self.tokens // self.batch_tokens, 1)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine to `final_share` of the peak."""
+        done = (step + 1) / self.steps
+        if done < self.warmup:
+            return self.peak_lr * done / self.warmup
+        cosine = 0.5 * (1 + np.cos(np.pi * (done - self.warmup) / (1 - self.warmup)))
+        return self.peak_lr * (self.final_share + (1 - self.final_share) * cosine)
+
+    def stage(self, step: int) -> tuple[int, int, int]:
+        """Sequence length at a step, and the range of steps that have it."""
+        first, edge = 0, 0.0
+        for length, share in self.stages[:-1]:
+            edge += share
+            stop = round(edge * self.steps)
+            if step < stop:
+                return length, first, stop
+            first = stop
+        return self.stages[-1][0], first, self.steps
+
+
+def batch_at(stream: np.ndarray, schedule: Schedule, step: int) -> torch.Tensor:
+    """The ids `[rows, length]` of one step: a pure function of seed and step, so a resumed run sees the same order.
+
+    Windows of one stage are a random permutation of the part of the stream that the stage has not used yet.
+    """
+    length, first, stop = schedule.stage(step)
+    rows = schedule.batch_tokens // length
+    offset = first * schedule.batch_tokens % len(stream)
+    windows = min(len(stream) // length, (stop - first) * rows)
+    epoch, at = divmod((step - first) * rows, windows)
+    order = _permutation(windows, schedule.seed + 7919 * epoch + length)
+    picks = [order[(at + i) % windows] for i in range(rows)]
+    index = (offset + np.array(picks)[:, None] * length + np.arange(length)) % len(stream)
+    return torch.from_numpy(stream[index].astype(np.int64))
+
+
+_ORDERS: dict[tuple[int, int], np.ndarray] = {}
+
+
+def _permutation(n: int, seed: int) -> np.ndarray:
+    if (n, seed) not in _ORDERS:
+        _ORDERS.clear()
+        _ORDERS[n, seed] = np.random.default_rng(seed).permutation(n)
+    return _ORDERS[n, seed]
+
+
+def next_token_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of every token but the first, computed in fp32."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def pretrain(
+    model: torch.nn.Module, stream: np.ndarray, held_out: np.ndarray, schedule: Schedule, folder: Path
+) -> dict[str, Any]:
+    """Train `model` in place under bf16 autocast and return the training record (curve, tokens, seconds).
+
+    `folder` receives a checkpoint every `schedule.checkpoint_seconds`; a call with the same schedule goes on from it.
+
+    Raises:
+        UserError: the folder holds a checkpoint of another schedule.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    device = next(model.parameters()).device.type
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, betas=(0.9, 0.95), fused=True)
+    record = _restore(model, optimizer, schedule, folder)
+    loss_of = torch.compile(next_token_loss, dynamic=False) if schedule.compile else next_token_loss
+    model.train()
+    begun, before, saved = time.perf_counter(), record["seconds"], time.perf_counter()
+    window: list[float] = []
+    for step in range(record["step"], schedule.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(step)
+        ids = batch_at(stream, schedule, step).to(device)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = loss_of(model, ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        window.append(loss.item())
+        record |= {"step": step + 1, "seconds": before + time.perf_counter() - begun}
+        last = step + 1 == schedule.steps
+        if len(window) == 50 or last:
+            record["curve"].append([(step + 1) * schedule.batch_tokens, round(float(np.mean(window)), 4)])
+            window = []
+        if last or time.perf_counter() - saved > schedule.checkpoint_seconds:
+            record["held_out"].append([(step + 1) * schedule.batch_tokens, round(_loss(model, held_out), 4)])
+            _checkpoint(model, optimizer, record, folder)
+            left = record["seconds"] / (step + 1) * (schedule.steps - step - 1)
+            print(
+                f"step {step + 1}/{schedule.steps}  loss {record['curve'][-1][1] if record['curve'] else 0:.3f}  "
+                f"held-out {record['held_out'][-1][1]:.3f}  {clock(left)} left",
+                flush=True,
+            )
+            saved = time.perf_counter()
+    model.eval()
+    return record
+
+
+@torch.no_grad()
+def _loss(model: torch.nn.Module, held_out: np.ndarray, length: int = 256, rows: int = 128) -> float:
+    """Held-out loss over at most `rows` windows, in fp32."""
+    rows = min(rows, len(held_out) // length)
+    ids = torch.from_numpy(held_out[: rows * length].astype(np.int64).reshape(rows, length))
+    device = next(model.parameters()).device
+    model.eval()
+    losses = [next_token_loss(model, chunk.to(device)).item() * len(chunk) for chunk in ids.split(16)]
+    model.train()
+    return sum(losses) / rows
+
+
+def _checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, record: dict, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{k}": v.detach().clone() for k, v in model.named_parameters()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v.clone() for k, v in state.items()}
+    save_file(tensors, folder / "checkpoint.tmp", metadata={"record": json.dumps(record)})
+    os.replace(folder / "checkpoint.tmp", folder / "checkpoint.safetensors")
+
+
+def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, folder: Path) -> dict:
+    """Load the last checkpoint, or return the record of a run that has not begun."""
+    fresh = {"schedule": json.loads(json.dumps(asdict(schedule))), "step": 0, "seconds": 0.0, "curve": [], "held_out": []}
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return fresh
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        record = json.loads(file.metadata()["record"])
+        if record["schedule"] != fresh["schedule"]:
+            changed = [k for k, v in fresh["schedule"].items() if record["schedule"].get(k) != v]
+            raise UserError(f"{path}: was written with another schedule (differs in: {', '.join(changed)}); remove it")
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(file.get_tensor(f"model.{name}"))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key in file.keys():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".")
+                state.setdefault(int(index), {})[name] = file.get_tensor(key)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return record

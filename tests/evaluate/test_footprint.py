@@ -1,0 +1,74 @@
+"""Sizes by arithmetic agree with the tensors of real modules."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qlib.errors import UserError
+from qlib.evaluate.footprint import disk_bytes, grid_of, kv_cache_bytes, measure_footprint, shape_footprint
+from qlib.layers import pack, packed_layers
+from qlib.layers.storage import to_tensors
+from qlib.models.shapes import Shape, find_shape, layer_config
+from qlib.quantize.grid import Grid, fit_grid, round_to_grid
+
+TINY = Shape("tiny", 2, 128, 4, 2, 256, 100, head_dim=64)
+FORMATS = ("bf16", "int8", "int4-g128", "int4-g64", "int3-g128", "int2-g32", "int4")
+
+
+def make_model(shape: Shape, format: str) -> torch.nn.Module:
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM(layer_config(shape, shape.layers)).bfloat16()
+    grid = grid_of(format)
+    for block in model.model.layers if grid else ():
+        for name in shape.linears:
+            linear, (parent, _, leaf) = block.get_submodule(name), name.rpartition(".")
+            weight = linear.weight.detach()
+            packed = pack(linear, round_to_grid(weight, grid, *fit_grid(weight, grid)))
+            setattr(block.get_submodule(parent), leaf, packed)
+    return model
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tied", (False, True))
+def test_arithmetic_agrees_with_a_real_model(format, tied, tmp_path):
+    shape = replace(TINY, tied=tied)
+    model = make_model(shape, format)
+    model.tie_weights()
+    expected, found = shape_footprint(shape, format), measure_footprint(model)
+    rotary = sum(buffer.nbytes for name, buffer in model.named_buffers() if "inv_freq" in name)
+    assert found["size.resident_bytes"]["value"] == expected["size.resident_bytes"]["value"] + rotary
+    for name in ("size.bits_per_weight", "size.bits_per_weight_total"):
+        assert (name in found) is (name in expected) is (format != "bf16" or name.endswith("_total"))
+        if name in found:
+            assert found[name]["value"] == pytest.approx(expected[name]["value"])
+    stored = sum(t.nbytes for layer in packed_layers(model).values() for t in to_tensors(layer.compressed()).values())
+    plain = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
+    assert disk_bytes(shape, format) == stored + sum(plain.values())
+
+
+def test_a_second_copy_would_be_seen():
+    model = make_model(TINY, "int4-g128")
+    before = measure_footprint(model)["size.resident_bytes"]["value"]
+    layer = next(iter(packed_layers(model).values()))
+    layer.register_buffer("copy", layer.compressed().dequantize())
+    assert measure_footprint(model)["size.resident_bytes"]["value"] == before + 4 * layer.in_features * layer.out_features
+
+
+def test_qwen_72b():
+    shape = find_shape("qwen-72b")
+    assert disk_bytes(shape, "bf16") == 144_575_840_256
+    assert kv_cache_bytes(shape) == 2_621_440
+    int4 = shape_footprint(shape, "int4-g128")
+    assert int4["size.bits_per_weight"]["value"] == pytest.approx(4 + 20 / 128)
+    assert 0.28 < int4["size.disk_bytes"]["value"] / disk_bytes(shape, "bf16") < 0.30
+
+
+def test_formats_have_names():
+    assert grid_of("bf16") is None
+    assert grid_of("int4-g128") == Grid(4, 128) and grid_of("int8") == Grid(8)
+    assert all(grid_of(grid.name) == grid for grid in (Grid(3, 64), Grid(6), Grid(2, 32)))
+    for wrong in ("fp8", "int7", "int4-g", "int4g128", "INT4"):
+        with pytest.raises(UserError, match=f"format '{wrong}' is unknown"):
+            grid_of(wrong)
