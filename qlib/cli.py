@@ -51,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     run = command("run", "run strategies that are out of date", _run)
-    run.add_argument("files", nargs="*", metavar="FILE", type=_file, help="strategy files or names (default: all of the tier)")
+    run.add_argument("files", nargs="*", metavar="FILE", type=_file, help="files or names (default: all of the tier)")
     run.add_argument("-p", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="other parameters")
-    run.add_argument("--model", type=_folder, help="another model: a folder or a hub id; its runs go to a folder of their own")
+    run.add_argument("--model", type=_folder, help="another model: a folder or a hub id; runs apart from the others")
     run.add_argument("--tier", choices=TIERS, help="smoke, core (default), or full, which includes core")
     run.add_argument("--force", action="store_true", help="run also what is up to date")
     run.add_argument("--limit", type=_seconds, default=LIMIT, metavar="SECONDS", help="per strategy (default: 4 hours)")
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     listed = command("list", "list strategies, their state and last figures", _list)
     listed.add_argument("--tier", choices=TIERS, help="only these")
     listed.add_argument("--model", type=_folder, help="runs of another model")
-    listed.add_argument("--why", action="store_true", help="say what is out of date since which change, and what failed")
+    listed.add_argument("--why", action="store_true", help="say which change made it out of date, and what failed")
 
     show = command("show", "show the record of one strategy", _show)
     show.add_argument("name", metavar="NAME")
@@ -121,7 +121,8 @@ def _seconds(text: str) -> float:
 def _run(options: argparse.Namespace, root: Path) -> int:
     from qlib.runs.runner import Job, run_all
 
-    signal.signal(signal.SIGTERM, _interrupt)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _interrupt)
     if options.device:
         os.environ["QLIB_DEVICE"] = options.device
     if options.changes and not options.files:

@@ -81,7 +81,8 @@ def _show(strategy: Strategy) -> None:
     where = provenance(strategy.seed)
     packages = ", ".join(f"{name} {version}" for name, version in where.pop("packages").items())
     display(HTML(_table("Parameters", _flat(to_dict(strategy)))))
-    display(HTML(_table("Provenance", {name: value for name, value in where.items() if value} | {"packages": packages})))
+    known = {name: value for name, value in where.items() if value is not None} | {"packages": packages}
+    display(HTML(_table("Provenance", known)))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

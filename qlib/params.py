@@ -186,7 +186,7 @@ def _check_family(strategy: Strategy) -> list[str]:
     if Path(strategy.notebook).name != strategy.notebook or not strategy.notebook.endswith(".ipynb"):
         problems.append(f"notebook: '{strategy.notebook}' is not allowed; allowed: the name of a file in notebooks/")
     if not strategy.recipe and family not in WITHOUT_RECIPE:
-        problems.append(f"recipe: is empty; allowed for family {family}: at least one pass, e.g. [{{pass: rtn, bits: 4}}]")
+        problems.append(f"recipe: is empty; allowed for family {family}: at least one pass, e.g. [{{pass: rtn}}]")
     if strategy.recipe and family in WITHOUT_RECIPE:
         problems.append(f"recipe: is not empty; family {family} changes no weights")
     if bool(strategy.formats) != (family == "speed"):
@@ -212,7 +212,8 @@ def _check_recipe(recipe: Any) -> tuple[Any, list[str]]:
         if not isinstance(step, dict) or "pass" not in step:
             problems.append(f"{at}: {show(step)} is not allowed; allowed: a mapping with 'pass', e.g. {{pass: rtn}}")
         elif not isinstance(name, str) or name not in known:
-            problems.append(f"{at}.pass: {show(name)} is unknown{nearest(str(name), known)}; allowed: {', '.join(known)}")
+            close = nearest(str(name), known)
+            problems.append(f"{at}.pass: {show(name)} is unknown{close}; allowed: {', '.join(known)}")
         else:
             kind, hints = options_of(known[name])
             given = {key: value for key, value in step.items() if key != "pass"}
@@ -238,7 +239,7 @@ def _plain(value: Any) -> Any:
 
 
 def override(strategy: Strategy, changes: dict[str, Any], where: str = "-p") -> Strategy:
-    """A copy with other values; a key may go into the depth: ``evaluation.items``, ``recipe.0.bits`` or ``recipe[0].bits``.
+    """A copy with other values; a key may go into the depth: ``evaluation.items``, ``recipe.0.bits``.
 
     Raises:
         UserError: unknown key, or a value that is not allowed.
@@ -252,7 +253,8 @@ def override(strategy: Strategy, changes: dict[str, Any], where: str = "-p") -> 
             if not isinstance(inner, (dict, list)):
                 raise UserError(f"{where} {key}: {show(inner)} has no fields of its own")
             if step not in known and (isinstance(inner, list) or depth < len(folders) or depth == 0):
-                raise UserError(f"{where} {key}: '{step}' is unknown{nearest(step, known)}; allowed: {', '.join(known)}")
+                close = nearest(step, known)
+                raise UserError(f"{where} {key}: '{step}' is unknown{close}; allowed: {', '.join(known)}")
             if depth < len(folders):
                 inner = inner[int(step)] if isinstance(inner, list) else inner[step]
         inner[int(last) if isinstance(inner, list) else last] = value

@@ -28,7 +28,7 @@ def find_root(start: Path | str | None = None) -> Path:
 
 
 def slug(model: str, root: Path | None = None) -> str:
-    """A folder name for `model`: ``reference-1``, ``Qwen--Qwen2.5-0.5B`` for a hub id, ``name-1a2b3c4d`` for a folder."""
+    """A folder name for `model`: ``reference-1``, ``Qwen--Qwen2.5-0.5B`` (hub id), ``name-1a2b3c4d`` (folder)."""
     if model in ("reference", REFERENCE):
         return REFERENCE
     folder = Path(root or Path.cwd(), Path(model).expanduser())

@@ -127,7 +127,7 @@ def record(run: "Run", measurements: Mapping[str, Any], details: Mapping[str, An
         formats = rest.pop("formats", None) or {}
         missing = [name for name in strategy.formats if name not in formats]
         if missing:
-            raise UserError(f"record: formats: '{missing[0]}' is missing; the strategy names {', '.join(strategy.formats)}")
+            raise UserError(f"formats: '{missing[0]}' is missing; the strategy names {', '.join(strategy.formats)}")
         result["formats"] = {n: check_measurements(m, None, f"formats.{n}.") for n, m in formats.items()}
     result |= {name: plain(rest.pop(name), name) for name in FIELDS if name in rest}
     result["details"] = plain(rest, "details")

@@ -11,9 +11,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qlib.errors import UserError, nearest
 
-__all__ = ["check", "describe", "docs_of", "plain_problem"]
+__all__ = ["check", "describe", "docs_of", "plain_problem", "show", "names_of", "allowed"]
 
-NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false", NoneType: "null", dict: "a mapping"}
+WORDS = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    NoneType: "null",
+    dict: "a mapping",
+}
 
 
 def check(kind: type, values: Any, path: str = "", hints: dict[str, Any] | None = None) -> tuple[Any, list[str]]:
@@ -61,7 +68,8 @@ def _check_field(hint: Any, value: Any, path: str, field: Field) -> tuple[Any, l
     if not fits or (least is not None and checked is not None and checked < least):
         options = [str(choice) for choice in _choices(hint)]
         close = nearest(str(value), options) if isinstance(value, str) else ""
-        return None, [f"{path}: {show(value)} is not allowed{close}; allowed: {allowed(hint, field)}{_yaml_hint(value, hint)}"]
+        close += f"; allowed: {allowed(hint, field)}{_yaml_hint(value, hint)}"
+        return None, [f"{path}: {show(value)} is not allowed{close}"]
     return checked, []
 
 
@@ -127,7 +135,7 @@ def allowed(hint: Any, field: Field | None = None) -> str:
             inner = get_args(member)[0] if get_args(member) else Any
             words.append(f"a list of {allowed(inner).replace('a text', 'texts').replace('a mapping', 'mappings')}")
         else:
-            words.append(NAMES.get(get_origin(member) or member, "any value"))
+            words.append(WORDS.get(get_origin(member) or member, "any value"))
     at_least = f" of at least {least}" if least is not None else ""
     words = [word + at_least if "integer" in word or "number" in word else word for word in words]
     return ", ".join(words) if get_origin(_members(hint)[0]) is Literal else " or ".join(words)

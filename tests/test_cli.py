@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -85,13 +84,12 @@ def test_bad_input_on_the_command_line(root, capsys):
     assert "invalid choice: 'fast'" in refused(capsys, "run", "--tier", "fast")
     assert "--limit: invalid" in refused(capsys, "run", "--limit", "soon")
     assert "0 is not a number of seconds above 0" in refused(capsys, "run", "--limit", "0")
-    assert "no such command" in refused(capsys, "lits") or True
     assert "nothing: has no record; there are: none" in refused(capsys, "show", "nothing")
     assert "there is no report to publish" in refused(capsys, "publish")
 
 
 def test_bad_models(root, capsys):
-    assert "neither 'reference-1', nor an existing folder, nor a hub id" in refused(capsys, "run", "--model", "./nowhere")
+    assert "neither 'reference-1', nor an existing folder" in refused(capsys, "run", "--model", "./nowhere")
     (root / "model" / "model.safetensors").rename(root / "model" / "pytorch_model.bin")
     assert "holds only pytorch_model.bin, which may run code when loaded" in refused(capsys, "run")
     (root / "model" / "config.json").unlink()
@@ -121,9 +119,10 @@ def test_list_of_what_was_never_run_and_of_what_was_published(root, capsys):
 
 
 def _record(name: str, **changes) -> dict:
-    measured = {"quality.accuracy": {"value": 90.82, "unit": "percent", "n": 10, "low": 90, "high": 91, "conditions": ""}}
+    accuracy = {"value": 90.82, "unit": "percent", "n": 10, "low": 90, "high": 91, "conditions": ""}
     common = {"name": name, "title": TITLE, "family": "weight_quantization", "model": "reference-1", "device": "cpu"}
-    rest = {"measurements": measured, "shape_format": "int8", "kept": {"heads": 1.0}, "key": "k", "duration_seconds": 61}
+    measured = {"measurements": {"quality.accuracy": accuracy}, "duration_seconds": 61}
+    rest = measured | {"shape_format": "int8", "kept": {"heads": 1.0}, "key": "k"}
     return common | rest | changes
 
 
@@ -143,7 +142,8 @@ def test_show_joins_the_figures_of_the_shape(root, capsys):
     shown = json.loads(capsys.readouterr().out)["measurements"]
     assert shown["shape.latency.decode_ms"]["conditions"] == "shape of qwen-1b, random weights; context 256"
     better = {"int8": {"latency.decode_ms": decode | {"value": 5.0}}}
-    _write(runs / "qwen-72b" / "cpu" / "speed-72b", _record("speed-72b", family="speed", model="qwen-72b", formats=better))
+    speed = _record("speed-72b", family="speed", model="qwen-72b", formats=better)
+    _write(runs / "qwen-72b" / "cpu" / "speed-72b", speed)
     speeds = speed_records(runs, root / "none")
     assert joined(_record("x"), speeds)["measurements"]["shape.latency.decode_ms"]["value"] == 5.0
     assert len(joined(_record("x", kept={"heads": 0.5}), speeds)["measurements"]) == 1

@@ -6,12 +6,11 @@ import os
 import numpy as np
 import pytest
 
-import qlib
 from qlib import notebook
 from qlib.errors import UserError
 from qlib.notebook import start
 from qlib.paths import write_atomic
-from qlib.record import REQUIRED, UNITS, Measurement, check_measurements, plain, unit_of
+from qlib.record import REQUIRED, UNITS, Measurement, check_measurements, plain, record, unit_of
 
 BASELINE = {
     "name": "baseline",
@@ -44,11 +43,12 @@ def test_written_result(run):
         "shape_format": "bf16",
         "layers": [{"name": "q", "error": np.float64(0.25), "shape": (2, 3)}],
     }
-    result = qlib.record(run, measured(**{"quality.accuracy": value}), details)
+    result = record(run, measured(**{"quality.accuracy": value}), details)
     written = json.loads((run.folder / "result.json").read_text(encoding="utf-8"))
     assert written == result
     assert written["measurements"]["quality.accuracy"] == {
-        "value": 90.5, "unit": "percent", "n": 3000, "low": 89.0, "high": 92.0, "method": "four choices", "conditions": "",
+        "value": 90.5, "unit": "percent", "n": 3000, "low": 89.0, "high": 92.0, "method": "four choices",
+        "conditions": "",
     }  # fmt: skip
     assert written["measurements"]["quality.perplexity"]["low"] is None
     assert written["protocol"] == "one line" and written["kept"]["heads"] == 0.5 and written["shape_format"] == "bf16"
@@ -65,7 +65,7 @@ def test_written_result(run):
         ({"quality.accuracy": 0.9}, "measurements: quality.accuracy: 0.9 is no Measurement"),
         ({"quality.accuracy": {"value": None}}, "measurements: quality.accuracy: has no value"),
         ({"quality.accuracy": {"value": float("nan")}}, "measurements: quality.accuracy.value: nan is not a finite"),
-        ({"quality.accuracy": {"value": 1.0, "high": np.inf}}, "measurements: quality.accuracy.high: inf is not a finite"),
+        ({"quality.accuracy": {"value": 1.0, "high": np.inf}}, "measurements: quality.accuracy.high: inf is not"),
         ({"quality.accuracy": {"value": 1.0, "unit": "fraction"}}, "measurements: quality.accuracy.unit: 'fraction'"),
         ({"quality.accuracy": {"value": "1"}}, "measurements: quality.accuracy.value: '1' is no number"),
         ({"quality.accuracy": {"value": 1.0, "low": 2.0, "high": 1.0}}, "measurements: quality.accuracy: the interval"),
@@ -75,7 +75,7 @@ def test_written_result(run):
 )
 def test_refused_measurements(run, changes, line):
     with pytest.raises(UserError) as caught:
-        qlib.record(run, measured(**changes))
+        record(run, measured(**changes))
     assert str(caught.value).startswith(line)
     assert not list(run.folder.iterdir())
 
@@ -85,7 +85,8 @@ def test_missing_measurements_are_named():
     del partial["quality.kl"]
     with pytest.raises(UserError, match="family weight_quantization needs quality.kl"):
         check_measurements(partial, "weight_quantization")
-    assert set(check_measurements(measured("weight_quantization"), "weight_quantization")) == set(partial) | {"quality.kl"}
+    whole = check_measurements(measured("weight_quantization"), "weight_quantization")
+    assert set(whole) == set(partial) | {"quality.kl"}
 
 
 def test_details_that_json_cannot_hold():
@@ -102,10 +103,10 @@ def test_speed_records_hold_formats(tmp_path, monkeypatch):
     run = start(BASELINE | {"name": "speed", "family": "speed", "formats": ["bf16", "int8"], "model": "qwen-72b"})
     one = {"latency.decode_ms": {"value": 1.0}}
     with pytest.raises(UserError, match="formats: 'int8' is missing"):
-        qlib.record(run, {}, {"formats": {"bf16": one}})
+        record(run, {}, {"formats": {"bf16": one}})
     with pytest.raises(UserError, match=r"formats.int8.latency.dcode_ms: unknown name"):
-        qlib.record(run, {}, {"formats": {"bf16": one, "int8": {"latency.dcode_ms": {"value": 1.0}}}})
-    result = qlib.record(run, {}, {"formats": {"bf16": one, "int8": one}, "layer": {"rounds": 3}})
+        record(run, {}, {"formats": {"bf16": one, "int8": {"latency.dcode_ms": {"value": 1.0}}}})
+    result = record(run, {}, {"formats": {"bf16": one, "int8": one}, "layer": {"rounds": 3}})
     assert result["formats"]["int8"]["latency.decode_ms"]["unit"] == "ms" and result["measurements"] == {}
     assert result["model"] == "qwen-72b" and result["details"] == {"layer": {"rounds": 3}}
 

@@ -42,9 +42,9 @@ def _files(package: str) -> dict[str, Path]:
     return {str(f): Path(f.locate()) for f in files if f.suffix == ".py" and ".." not in f.parts}
 
 
-def _entries() -> list[tuple[str, str, str, str]]:
-    """Rows of the manifest: split, package, SHA-256, path."""
-    lines = MANIFEST.read_text(encoding="utf-8").splitlines()
+def _entries(manifest: Path) -> list[tuple[str, str, str, str]]:
+    """Rows of a manifest: split, package, SHA-256, path."""
+    lines = manifest.read_text(encoding="utf-8").splitlines()
     return [tuple(line.split("\t")) for line in lines if line and not line.startswith("#")]  # type: ignore[misc]
 
 
@@ -53,7 +53,7 @@ def manifest_hash() -> str:
     return hashlib.sha256(MANIFEST.read_bytes()).hexdigest()
 
 
-def read_split(split: str) -> list[Document]:
+def read_split(split: str, manifest: Path = MANIFEST) -> list[Document]:
     """Read the documents of one split and verify each against the manifest.
 
     Raises:
@@ -62,7 +62,7 @@ def read_split(split: str) -> list[Document]:
     if split not in SPLITS:
         raise UserError(f"corpus: split '{split}' is unknown; allowed: {', '.join(SPLITS)}")
     documents = []
-    for name, package, digest, path in _entries():
+    for name, package, digest, path in _entries(manifest):
         if name != split:
             continue
         file = _files(package).get(path)
@@ -72,7 +72,7 @@ def read_split(split: str) -> list[Document]:
         if hashlib.sha256(data).hexdigest() != digest:
             raise UserError(
                 f"corpus: {path} of {package} {metadata.version(package)} differs from the manifest "
-                f"{MANIFEST.name}; install the versions of requirements.lock (`make env`)"
+                f"{manifest.name}; install the versions of requirements.lock (`make env`)"
             )
         documents.append(Document(path, data.decode("utf-8")))
     return documents

@@ -125,8 +125,9 @@ class _Page(HTMLParser):
         problems = [f"id '{name}' is used {count} times" for name, count in self.ids.items() if count > 1]
         if self.counts["h1"] != 1:
             problems.append(f"{self.counts['h1']} h1 instead of one")
-        if self.counts["caption"] < self.counts["table"]:
-            problems.append(f"{self.counts['table'] - self.counts['caption']} of {self.counts['table']} tables without caption")
+        mute = self.counts["table"] - self.counts["caption"]
+        if mute > 0:
+            problems.append(f"{mute} of {self.counts['table']} tables without caption")
         if not self.language:
             problems.append("<html> without lang")
         if not self.counts["title"]:

@@ -3,6 +3,7 @@
 Sizes and letters are made for a phone; a family has one colour and one marker everywhere (see `theme`).
 """
 
+import itertools
 from typing import Callable
 
 from qlib.report.measures import family_label
@@ -47,6 +48,13 @@ def _families(axes, families, columns: int = 2) -> None:
     axes.figure.legend(handles=keys, loc="outside lower center", ncols=min(columns, len(keys)), handletextpad=0.3)
 
 
+def _points(axes, row, x, y, xerr=None, yerr=None, size: float = 6) -> None:
+    """One strategy's value in its family's colour and marker, with its interval."""
+    color, marker = family_mark(row["family"])
+    look = {"color": color, "marker": marker, "markersize": size, "capsize": 2.5, "linewidth": 1.2}
+    axes.errorbar(x, y, xerr=xerr, yerr=yerr, **look)
+
+
 def _whiskers(row, name: str) -> list[list[float]] | None:
     """Distances from a value down to its low and up to its high end, as matplotlib wants them."""
     low, high = row[f"{name}_low"], row[f"{name}_high"]
@@ -69,8 +77,7 @@ def pareto(frame, x: str = "disk", y: str = "accuracy"):
         front = pareto_front(frame, x, y)
         axes.plot(front[x], front[y], color=SOFT, linewidth=1, zorder=1)
         for _, row in frame.iterrows():
-            color, marker = family_mark(row["family"])
-            axes.errorbar(row[x], row[y], yerr=_whiskers(row, y), color=color, marker=marker, markersize=7, capsize=2.5, linewidth=1.2)
+            _points(axes, row, row[x], row[y], yerr=_whiskers(row, y), size=7)
         axes.set_xscale("log")
         if y == "perplexity":
             axes.set_yscale("log")
@@ -98,8 +105,9 @@ def _plain_ticks(axes, xs, ys=None) -> None:
     for axis, values in ((axes.xaxis, xs), (axes.yaxis, ys)):
         if values is None:
             continue
-        wide = max(values) / min(values) > 20
-        axis.set_major_locator(LogLocator(subs=(1,) if wide and max(values) / min(values) > 1e3 else (1, 2, 5) if wide else (1, 1.5, 2, 3, 5, 7)))
+        range_ = max(values) / min(values)
+        steps = (1,) if range_ > 1000 else (1, 2, 5) if range_ > 20 else (1, 1.5, 2, 3, 5, 7)
+        axis.set_major_locator(LogLocator(subs=steps))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -124,8 +132,7 @@ def _name_points(axes, frame, front, x: str, y: str) -> None:
         places = [(side, lift) for lift in (0.2, 1, -1, 1.9, -1.9, 2.8, -2.8, -3.7, 3.7) for side in (1, -1)]
         boxes = [(px + 8 if s > 0 else px - 8 - width, py + (up - 0.5) * line, s, up) for s, up in places]
         boxes = [(bx, by, bx + width, by + line, s, up) for bx, by, s, up in boxes if bx > left and bx + width < right]
-        free = (b for b in boxes if not any(b[0] < t[2] and t[0] < b[2] and b[1] < t[3] and t[1] < b[3] for t in taken))
-        best = next(free, None)
+        best = next((box for box in boxes if not any(_overlap(box, other) for other in taken)), None)
         if best is None:  # too crowded: the data table names it
             continue
         taken.append(best[:4])
@@ -136,18 +143,22 @@ def _name_points(axes, frame, front, x: str, y: str) -> None:
         axes.annotate(str(row["strategy"]), (row[x], row[y]), shift, **text)
 
 
+def _overlap(a, b) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
 def accuracy_deltas(frame):
     """A forest plot: change of accuracy against the baseline with its paired interval, zero and gate as lines."""
 
     def draw(axes):
         for place, (_, row) in enumerate(frame.iterrows()):
-            color, marker = family_mark(row["family"])
-            axes.errorbar(row["delta"], place, xerr=_whiskers(row, "delta"), color=color, marker=marker, markersize=6, capsize=2.5, linewidth=1.2)
+            _points(axes, row, row["delta"], place, xerr=_whiskers(row, "delta"))
         axes.axvline(0, color=INK, linewidth=1.2)
         gate = frame["gate"].dropna()
         if len(gate):
             axes.axvline(gate.iloc[0], color=SOFT, linewidth=1.2, linestyle="--")
-            axes.annotate("gate", (gate.iloc[0], 1), (-3, 3), xycoords=("data", "axes fraction"), textcoords="offset points", ha="right", color=SOFT, fontsize=9)
+            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right"}
+            axes.annotate("gate", (gate.iloc[0], 1), (-3, 3), color=SOFT, fontsize=9, **where)
         axes.set_yticks(range(len(frame)), frame["strategy"])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -165,11 +176,10 @@ def accuracy_by_level(frame):
         strategies = list(dict.fromkeys(frame["strategy"]))
         for place, strategy in enumerate(strategies):
             rows = frame[frame["strategy"] == strategy]
-            color, marker = family_mark(rows["family"].iloc[0])
             shift = (place - (len(strategies) - 1) / 2) * 0.5 / max(len(strategies), 1)
             for _, row in rows.iterrows():
                 where = levels.index(row["level"]) + shift
-                axes.errorbar(where, row["accuracy"], yerr=_whiskers(row, "accuracy"), color=color, marker=marker, markersize=5, capsize=2, linewidth=1)
+                _points(axes, row, where, row["accuracy"], yerr=_whiskers(row, "accuracy"), size=5)
         axes.set_xticks(range(len(levels)), levels)
         axes.set_xlabel("Difficulty level")
         axes.set_ylabel("Accuracy (%)")
@@ -192,10 +202,14 @@ def speed_bars(frame, part: str = "decode"):
             fill = SOFT if row["format"] == "bf16" else color
             axes.barh(place, row[part], height=0.62, color=fill, xerr=_whiskers(row, part), ecolor=INK, capsize=2.5)
             end = row[f"{part}_high"] if row[f"{part}_high"] == row[f"{part}_high"] else row[part]
-            axes.annotate(f"{row[part]:,.3g}" if row[part] < 1000 else f"{row[part]:,.0f}", (end, place), (5, 0), textcoords="offset points", va="center", fontsize=10)
+            text = f"{row[part]:,.3g}" if row[part] < 1000 else f"{row[part]:,.0f}"
+            axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=10)
             if part == "decode" and row["floor"] == row["floor"]:
-                axes.plot([row["floor"]] * 2, [place - 0.42, place + 0.42], color=PAPER, linewidth=4, solid_capstyle="butt")
-                axes.plot([row["floor"]] * 2, [place - 0.42, place + 0.42], color=MARK, linewidth=2.2, solid_capstyle="butt", label="_" if place else "roofline floor")
+                floor, ends = [row["floor"]] * 2, [place - 0.42, place + 0.42]
+                axes.plot(floor, ends, color=PAPER, linewidth=4, solid_capstyle="butt")
+                name = "_" if place else "roofline floor"
+                mark = {"color": family_mark("pruning")[0], "linewidth": 2.2, "solid_capstyle": "butt"}
+                axes.plot(floor, ends, label=name, **mark)
         axes.set_yticks(range(len(frame)), frame["format"])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -208,18 +222,14 @@ def speed_bars(frame, part: str = "decode"):
     return _drawn(draw, 1.3 + 0.42 * len(frame), "" if len(frame) else "Nothing has been timed yet.")
 
 
-MARK = family_mark("pruning")[0]
-
-
 def layer_errors(frame):
-    """Reconstruction error of every linear by block; a heat map would hide the scale, so a line per kind of linear."""
+    """Reconstruction error of every linear by block, a line per kind of linear."""
     import seaborn
 
     def draw(axes):
-        kinds = list(dict.fromkeys(frame["linear"]))
-        colors = [family_mark(name)[0] for name in ("weight_quantization", "pruning", "mixed_precision", "finetuning", "combined", "tool", "baseline")]
-        palette = {kind: (colors * 3)[i] for i, kind in enumerate(kinds)}
-        seaborn.lineplot(frame, x="block", y="error", hue="linear", style="linear", markers=True, dashes=False, palette=palette, ax=axes, errorbar=None, legend="full")
+        palette = dict(zip(dict.fromkeys(frame["linear"]), itertools.cycle(_colors())))
+        look = {"markers": True, "dashes": False, "palette": palette, "errorbar": None, "legend": "full"}
+        seaborn.lineplot(frame, x="block", y="error", hue="linear", style="linear", ax=axes, **look)
         axes.set_yscale("log")
         axes.set_xlabel("Block")
         axes.set_ylabel("Relative error of the output")
@@ -236,15 +246,24 @@ def loss_curve(frame):
     import seaborn
 
     def draw(axes):
-        colors = [family_mark(name)[0] for name in ("weight_quantization", "pruning", "mixed_precision", "finetuning")]
-        series = list(dict.fromkeys(frame["series"]))
-        palette = {name: (colors * len(series))[i] for i, name in enumerate(series)}
-        seaborn.lineplot(frame, x="tokens", y="loss", hue="series", style="series", palette=palette, ax=axes, errorbar=None, legend="full")
+        palette = dict(zip(dict.fromkeys(frame["series"]), itertools.cycle(_colors())))
+        look = {"palette": palette, "errorbar": None, "legend": "full"}
+        seaborn.lineplot(frame, x="tokens", y="loss", hue="series", style="series", ax=axes, **look)
         axes.set_xlabel("Tokens")
         axes.set_ylabel("Loss (nats per token)")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k" if value else "0")
+        axes.xaxis.set_major_formatter(_tokens)
         axes.get_legend().set_title("")
-        if len(series) == 1:
+        if frame["series"].nunique() == 1:
             axes.get_legend().remove()
 
     return _drawn(draw, HEIGHT, "" if len(frame) else "No loss was recorded.")
+
+
+def _colors() -> list[str]:
+    """The palette where colours stand for something else than families."""
+    families = ("weight_quantization", "pruning", "mixed_precision", "finetuning", "combined", "tool")
+    return [family_mark(family)[0] for family in families]
+
+
+def _tokens(value: float, _) -> str:
+    return f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k" if value else "0"

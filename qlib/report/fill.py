@@ -1,8 +1,9 @@
 """Placeholders in Markdown cells: ``{{ quality.perplexity }}`` becomes the record's value, interval and unit.
 
 In a strategy's notebook a placeholder names a measurement, or one of its fields (``{{ quality.kl.value }}``). In the
-report it names the strategy first: ``{{ rtn-int4: quality.perplexity }}``, ``{{ speed-qwen-72b: int4-g128.latency.decode_ms }}``.
-A measurement that is missing because a strategy failed reads "not measured"; a name that does not exist is an error.
+report it names the strategy first (``{{ rtn-int4: quality.perplexity }}``), or a speed record and a format
+(``{{ speed-qwen-72b: int4-g128.latency.decode_ms }}``). A measurement that is missing because a strategy failed reads
+"not measured"; a name that does not exist is an error.
 """
 
 import re
@@ -39,7 +40,7 @@ def fill(text: str, resolve: Callable[[str], str], where: str) -> str:
 
     def value(match: re.Match) -> str:
         try:
-            return _escape(resolve(match[1].strip()))
+            return _escape(numbers.bind(resolve(match[1].strip())))
         except UserError as error:
             raise UserError(f"{where}: placeholder '{{{{ {match[1].strip()} }}}}': {error}") from None
 
@@ -70,7 +71,8 @@ def book_words(book: Book) -> Callable[[str], str]:
         if not colon:
             if scope in SENTENCES:
                 return SENTENCES[scope](book)
-            raise UserError(f"unknown{nearest(scope, SENTENCES)}; allowed: {', '.join(SENTENCES)}, verdict: NAME, NAME: measurement")
+            allowed = f"{', '.join(SENTENCES)}, verdict: NAME, NAME: measurement"
+            raise UserError(f"unknown{nearest(scope, SENTENCES)}; allowed: {allowed}")
         if scope == "verdict":
             return words.verdict(book, book.get(path))
         entry = book.get(scope)
@@ -112,6 +114,8 @@ def _about(entry: Entry | None, name: str) -> str:
     record = entry.record
     seconds = numbers.number({"value": record.get("duration_seconds")})
     memory = record.get("peak_memory_bytes")
+    peak = {"value": memory.get("value"), "unit": "bytes"} if isinstance(memory, dict) else None
+    parameters = numbers.number({"value": (record.get("subject") or {}).get("parameters")})
     facts = {
         "name": entry.name,
         "title": entry.title,
@@ -120,8 +124,8 @@ def _about(entry: Entry | None, name: str) -> str:
         "state": entry.label,
         "protocol": record.get("protocol"),
         "duration": clock(seconds) if seconds is not None else None,
-        "peak_memory": numbers.write({"value": (memory or {}).get("value"), "unit": "bytes"}) if isinstance(memory, dict) else None,
+        "peak_memory": numbers.write(peak),
         "commit": (record.get("provenance") or {}).get("commit"),
-        "parameters": numbers.write({"value": (record.get("subject") or {}).get("parameters"), "unit": "tokens"}, "value").split(numbers.SPACE)[0],
+        "parameters": f"{parameters:,.0f}" if parameters else None,
     }
     return str(facts[name] or numbers.ABSENT)

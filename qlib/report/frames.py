@@ -7,11 +7,24 @@ from qlib.report.numbers import number
 from qlib.report.tables import floor
 
 __all__ = [
-    "pareto_frame", "delta_frame", "level_frame", "speed_frame", "layer_frame", "curve_frame",
-    "pareto_alt", "delta_alt", "level_alt", "speed_alt",
+    "pareto_frame",
+    "delta_frame",
+    "level_frame",
+    "speed_frame",
+    "layer_frame",
+    "curve_frame",
+    "pareto_alt",
+    "delta_alt",
+    "level_alt",
+    "speed_alt",
 ]
 
-PARETO = {"bits": "size.bits_per_weight_total", "disk": "size.disk_bytes", "perplexity": "quality.perplexity", "accuracy": "quality.accuracy"}
+PARETO = {
+    "bits": "size.bits_per_weight_total",
+    "disk": "size.disk_bytes",
+    "perplexity": "quality.perplexity",
+    "accuracy": "quality.accuracy",
+}
 
 
 def _frame(rows: list[dict], columns: list[str]):
@@ -21,7 +34,8 @@ def _frame(rows: list[dict], columns: list[str]):
 
 
 def _spread(name: str, measurement: dict | None) -> dict[str, float | None]:
-    return {name: number(measurement), f"{name}_low": number(measurement, "low"), f"{name}_high": number(measurement, "high")}
+    ends = {f"{name}_{end}": number(measurement, end) for end in ("low", "high")}
+    return {name: number(measurement), **ends}
 
 
 def _columns(*names: str) -> list[str]:
@@ -91,7 +105,8 @@ def layer_frame(layers: list[dict], strategy: str = ""):
     for layer in layers:
         parts = str(layer.get("name", "")).split(".")
         block = next((int(part) for part in parts if part.isdigit()), None)
-        rows.append({"strategy": strategy, "block": block, "linear": parts[-1], "error": number({"value": layer.get("error")})})
+        error = number({"value": layer.get("error")})
+        rows.append({"strategy": strategy, "block": block, "linear": parts[-1], "error": error})
     return _frame(rows, ["strategy", "block", "linear", "error"]).dropna(subset=["error"]).reset_index(drop=True)
 
 
@@ -125,7 +140,10 @@ def delta_alt(frame) -> str:
     same = frame[(frame["delta_low"] <= 0) & (frame["delta_high"] >= 0)]["strategy"]
     worst = frame.loc[frame["delta"].idxmin()]
     none = f"{', '.join(same)} show no measurable change" if len(same) else "Every strategy changes it measurably"
-    return f"Accuracy change of {len(frame)} strategies: {none}; {worst['strategy']} changes most for the worse, by {worst['delta']:.3g} points."
+    return (
+        f"Accuracy change of {len(frame)} strategies: {none}; {worst['strategy']} changes most for the worse, "
+        f"by {worst['delta']:.3g} points."
+    )
 
 
 def level_alt(frame) -> str:
@@ -144,4 +162,7 @@ def speed_alt(frame, part: str = "decode") -> str:
     if frame.empty:
         return "Nothing has been timed yet."
     fast, slow = frame.loc[frame[part].idxmin()], frame.loc[frame[part].idxmax()]
-    return f"{part.capitalize()}: {fast['format']} is fastest with {fast[part]:,.3g} milliseconds, {slow['format']} slowest with {slow[part]:,.3g}."
+    return (
+        f"{part.capitalize()}: {fast['format']} is fastest with {fast[part]:,.5g} milliseconds, "
+        f"{slow['format']} slowest with {slow[part]:,.5g}."
+    )

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Sequence
 
-from qlib.report.numbers import ABSENT, column, number
+from qlib.report.numbers import ABSENT, bind, column, number
 
 __all__ = ["Cell", "Column", "Group", "Table", "measured", "mark_best", "slug"]
+
+LONG = 24  # letters from which a cell is given room on a small screen
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Table:
         cells = [f'<th scope="row">{row[0].html()}</th>']
         for at, (cell, column) in enumerate(zip(row[1:], self.columns[1:], strict=True), start=1):
             kinds = ["num"] * column.numeric + ["absent"] * (cell.text == ABSENT) + [cell.kind] * bool(cell.kind)
-            kinds += ["opens"] * self._opens(at)
+            kinds += ["opens"] * self._opens(at) + ["long"] * (len(cell.text) > LONG)
             kind = f' class="{escape(" ".join(kinds))}"' if kinds else ""
             cells.append(f"<td{kind}>{cell.html()}</td>")
         return f"<tr>{''.join(cells)}</tr>"
@@ -110,7 +112,7 @@ class Table:
         return (
             f'<div class="scroll" role="region" aria-label="Table: {label}" tabindex="0" style="overflow-x:auto">'
             f'<table id="{name}" class="facts"><caption><span class="caption">{number}'
-            f"{escape(self.caption)}</span></caption>{self._head()}{self._bodies()}</table></div>"
+            f"{escape(bind(self.caption))}</span></caption>{self._head()}{self._bodies()}</table></div>"
         )
 
     def __repr__(self) -> str:
@@ -129,7 +131,9 @@ def measured(title: str, measurements: Sequence[dict | None], group: str = "") -
     return Column(title, unit, group, numeric=True), [Cell(text, (interval,)) for text, interval in texts]
 
 
-def mark_best(cells: list[Cell], measurements: Sequence[dict | None], better: str, eligible: Sequence[bool]) -> list[Cell]:
+def mark_best(
+    cells: list[Cell], measurements: Sequence[dict | None], better: str, eligible: Sequence[bool]
+) -> list[Cell]:
     """Mark the best of the eligible cells by the word ``best``, if there are at least two to choose from."""
     values = [number(m) if fine else None for m, fine in zip(measurements, eligible)]
     known = [value for value in values if value is not None]

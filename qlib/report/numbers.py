@@ -4,8 +4,9 @@ All functions return plain text; whoever puts it into HTML escapes it. Sizes are
 """
 
 import math
+import re
 
-__all__ = ["ABSENT", "SAME", "OPEN", "number", "write", "interval", "speedup", "meets", "keeps", "column", "ratio"]
+__all__ = ["number", "write", "interval", "speedup", "meets", "keeps", "column", "ratio", "bind"]
 
 ABSENT = "not measured"
 SAME = "no measurable difference"
@@ -176,3 +177,8 @@ def column(measurements: list[dict | None]) -> tuple[str, list[tuple[str, str]]]
         return plain[0], _range(*plain[1:]) if len(plain) == 3 else ""
 
     return symbol, [written(m) for m in measurements]
+
+
+def bind(text: str) -> str:
+    """Keep numbers and percent signs on one line."""
+    return re.sub(r"(?<=\d) (?=%)", SPACE, text)

@@ -144,7 +144,8 @@ def _attach(root: Path, book: Book, entry: Entry, target: Path) -> None:
     where = f"notebooks/{source.name}" if source.is_file() else entry.name
     steps.append(stitch.fill_placeholders(fill.entry_words(entry), where))
     file.parent.mkdir(exist_ok=True)
-    _write(file, convert(_read(entry.notebook), steps, {"code": True, "home": f"../{target.name}", "key": key}, where), alone=True)
+    page = {"code": True, "home": f"../{target.name}", "key": key}
+    _write(file, convert(_read(entry.notebook), steps, page, where), alone=True)
 
 
 def _write(file: Path, html: str, alone: bool = False) -> Path:

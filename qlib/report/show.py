@@ -42,16 +42,17 @@ def figure_html(figure, id: str, caption: str, alt: str, data=None) -> str:
     name = f"fig-{slug(id)}"
     details = ""
     if data is not None:
-        details = f"<details><summary>Data</summary>{data_table(data, 'The data behind the figure', id)._repr_html_()}</details>"
+        table = data_table(data, "The data behind the figure", id)._repr_html_()
+        details = f"<details><summary>Data</summary>{table}</details>"
     return (
         f'<figure class="fig" id="{name}">{svg(figure, name, alt)}'
-        f'<figcaption><span class="caption"><span class="number" data-ref="{name}"></span>{escape(caption)}</span>'
-        f"</figcaption>{details}</figure>"
+        f'<figcaption><span class="caption"><span class="number" data-ref="{name}"></span>'
+        f"{escape(numbers.bind(caption))}</span></figcaption>{details}</figure>"
     )
 
 
 def svg(figure, name: str, alt: str) -> str:
-    """Draw a figure as an SVG element: text stays text, the same figure gives the same bytes, colours follow the page."""
+    """Draw a figure as an SVG element: text stays text, equal figures give equal bytes, the page gives the colours."""
     import matplotlib
     from matplotlib import pyplot
 

@@ -64,7 +64,7 @@ def current_prose(source: NotebookNode) -> Preprocessor:
 
 
 def fill_placeholders(resolve: Callable[[str], str], name: str) -> Preprocessor:
-    """Fill the placeholders of all Markdown cells; an unknown one raises a UserError that names cell and placeholder."""
+    """Fill the placeholders of all Markdown cells; an unknown one raises a UserError that names it and its cell."""
 
     def update(notebook: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
         for cell in notebook.cells:
@@ -141,7 +141,8 @@ def _opening(book: Book, entry: Entry) -> str:
     return (
         f'<h3 id="{book.anchor(entry)}">{escape(entry.title)}{chinese}</h3>'
         f'<p class="about">{" · ".join(facts)}</p><p>{escape(words)}{link}</p>'
-        f'<pre class="recipe" tabindex="0" aria-label="Recipe of {escape(entry.name)}"><code>{escape(recipe)}</code></pre>'
+        f'<pre class="recipe" tabindex="0" aria-label="Recipe of {escape(entry.name)}">'
+        f"<code>{escape(recipe)}</code></pre>"
     )
 
 
@@ -158,6 +159,9 @@ def _failure(entry: Entry) -> str:
         rows.append(("Last lines", f"<pre><code>{lines}</code></pre>"))
     rows.append(("Run just this", f"<code>{escape(rerun(entry))}</code>"))
     body = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in rows)
-    title = {"timeout": "Ran out of time", "crashed": "Crashed", "interrupted": "Interrupted"}.get(entry.state, "Failed")
-    name = escape(entry.name)
-    return f'<div class="failure" role="group" aria-label="Failure of {name}"><p><strong>{title}: {name}</strong></p><dl>{body}</dl></div>'
+    titles = {"timeout": "Ran out of time", "crashed": "Crashed", "interrupted": "Interrupted"}
+    name, title = escape(entry.name), titles.get(entry.state, "Failed")
+    return (
+        f'<div class="failure" role="group" aria-label="Failure of {name}">'
+        f"<p><strong>{title}: {name}</strong></p><dl>{body}</dl></div>"
+    )

@@ -113,7 +113,8 @@ def _number(page: str) -> tuple[str, dict[str, str]]:
 
 def _refer(match: re.Match, targets: dict[str, str], where: str) -> str:
     if match[1] not in targets:
-        raise UserError(f"{where}: reference '#{match[1]}' leads to no figure, table or heading{nearest(match[1], targets)}")
+        close = nearest(match[1], targets)
+        raise UserError(f"{where}: reference '#{match[1]}' leads to no figure, table or heading{close}")
     return f'<a href="#{match[1]}">{targets[match[1]]}</a>'
 
 

@@ -36,6 +36,8 @@ NONE = Cell("n/a", kind="absent")  # what a baseline cannot have
 
 def comparison(book: Book, model: str | None = None, shape: str = SPEED_MODEL) -> Table:
     """Every strategy of a model (default: the first), all measurements, speeds at a true shape."""
+    first = next(iter(book.models), "the quality subject")
+    model = model or first
     entries = book.of(model)
     columns, cells = [Column("Strategy"), Column("State")], []
     eligible = [e.family != "baseline" for e in entries]
@@ -53,11 +55,10 @@ def comparison(book: Book, model: str | None = None, shape: str = SPEED_MODEL) -
     heads = [[_link(entry, book), Cell(entry.label)] for entry in entries]
     rows = [[*head, *rest] for head, rest in zip(heads, zip(*cells))]
     caption = (
-        f"Every strategy on {model or next(iter(book.models), 'the quality subject')}. Small print: 95 % bootstrap intervals. "
-        "“best” marks the best value among the compressed strategies; two of them differ only where a paired "
-        "interval says so. 1 MB = 1,000,000 bytes."
+        f"Every strategy on {model}. Small print: 95 % bootstrap intervals. “best” marks the best value among the "
+        "compressed strategies; two of them differ only where a paired interval says so. 1 MB = 1,000,000 bytes."
     )
-    return Table(columns, _grouped(entries, rows), caption, f"comparison-{model}" if model else "comparison")
+    return Table(columns, _grouped(entries, rows), caption, "comparison" if model == first else f"comparison-{model}")
 
 
 def _marked(name: str, written: list[Cell], found: list[dict | None], eligible: list[bool]) -> list[Cell]:
@@ -92,12 +93,12 @@ def _grouped(entries: Sequence[Entry], rows: Sequence[list[Cell]]) -> list[list[
 
 def floor(measures: dict[str, dict]) -> dict | None:
     """The roofline floor of a decode step: measured time x its share of the roofline."""
-    time, share = numbers.number(measures.get("latency.decode_ms")), numbers.number(measures.get("latency.roofline_fraction"))
+    time, share = (numbers.number(measures.get(f"latency.{name}")) for name in ("decode_ms", "roofline_fraction"))
     return None if time is None or share is None else {"value": time * share, "unit": "ms"}
 
 
 def speed_table(entry: Entry) -> Table:
-    """All formats of one speed record, the fastest decode last read against its roofline floor."""
+    """All formats of one speed record, and how far their decode step is from its roofline floor."""
     formats: dict[str, dict[str, dict]] = entry.record["formats"]
     names = list(formats)
     columns, cells = [Column("Format")], [[Cell(name) for name in names]]
@@ -114,16 +115,19 @@ def speed_table(entry: Entry) -> Table:
     ):
         found = [floor(formats[f]) if name == "floor" else formats[f].get(name) for f in names]
         column, written = measured(title, found)
+        if name.endswith("_speedup") or name == "compress.seconds":
+            written = [NONE if f == "bf16" else cell for f, cell in zip(names, written)]
         columns.append(column)
         cells.append(_marked(name, written, found, [True] * len(names)) if name in MEASURES else written)
     columns.append(Column("Kernels"))
     cells.append([Cell(kernels(entry.record, name)) for name in names])
     rows = [list(row) for row in zip(*cells)]
-    how = next((f"Conditions: {m['conditions']}." for f in formats.values() for m in f.values() if m.get("conditions")), "")
+    all_of_them = (m for measures in formats.values() for m in measures.values())
+    how = next((f"Conditions: {m['conditions']}." for m in all_of_them if m.get("conditions")), "")
     caption = (
-        f"Number formats at the shape of {entry.model} on {entry.device}, random weights, timed in interleaved rounds of one "
-        "process. Speed-ups are paired ratios to bf16. The floor is the bytes that a token must read over the read "
-        f"bandwidth measured in the same rounds. {how}"
+        f"Number formats at the shape of {entry.model} on {entry.device}, random weights, timed in interleaved rounds "
+        "of one process. Speed-ups are paired ratios to bf16. The floor is the bytes that a token must read over the "
+        f"read bandwidth measured in the same rounds. {how}"
     )
     return Table(columns, rows, caption.strip(), f"speed-{entry.model}-{entry.device}")
 
@@ -156,14 +160,15 @@ def failures(book: Book) -> Table | None:
         where = f"cell {cell.get('index', '?')} ({cell.get('id', '?')})" if cell else "between cells"
         last = tuple(map(str, (entry.status.get("last_lines") or [])[-3:]))
         cause = str(entry.status.get("cause") or "no cause was recorded")
-        rows.append([_link(entry, book), Cell(entry.label), Cell(cause), Cell(where), Cell("", last), Cell(rerun(entry))])
+        facts = (Cell(entry.label), Cell(cause), Cell(where), Cell("", last), Cell(rerun(entry)))
+        rows.append([_link(entry, book), *facts])
     columns = [Column(t) for t in ("Strategy", "State", "Cause", "Cell", "Last lines", "Run just this")]
     return Table(columns, rows, "What failed. A failure stops no other strategy.", "failures") if rows else None
 
 
 def provenance(book: Book) -> Table:
     """One line per run: code, lock, machine, seed, time and memory."""
-    columns = ("Run", "Model", "State", "Commit", "Lock", "Processor", "Threads", "Seed", "Started", "Took", "Peak memory", "Key")
+    columns = "Run, Model, State, Commit, Lock, Processor, Threads, Seed, Started, Took, Peak memory, Key".split(", ")
     rows = []
     for entry in (e for e in book.entries if e.record):
         found = entry.record.get("provenance") or {}
@@ -187,6 +192,9 @@ def provenance(book: Book) -> Table:
                 Cell(str(entry.record.get("key") or "none")[:10]),
             ]
         )
-    caption = "Where every number comes from. A run is repeated only if its key changes: code, parameters, versions, data or device."
+    caption = (
+        "Where every number comes from. A run is repeated only if its key changes: code, parameters, versions, data "
+        "or device."
+    )
     aligned = ("Threads", "Seed", "Started", "Took", "Peak memory")
     return Table([Column(title, numeric=title in aligned) for title in columns], rows, caption, "provenance")

@@ -9,7 +9,8 @@ __all__ = ["finding", "verdict", "article_verdict", "failure_words"]
 
 def finding(book: Book) -> str:
     """The report's first sentence: the smallest strategy that keeps 99 % of the accuracy, or that there is none."""
-    rows = [e for e in book.of() if e.family != "baseline" and numbers.number(e.measure("quality.accuracy")) is not None]
+    rows = [e for e in book.of() if e.family != "baseline"]
+    rows = [e for e in rows if numbers.number(e.measure("quality.accuracy")) is not None]
     rows.sort(key=lambda e: numbers.number(e.measure("size.disk_bytes")) or float("inf"))
     if not rows:
         return "No compressed strategy has been measured yet."
@@ -17,13 +18,16 @@ def finding(book: Book) -> str:
     of = f"Of {_count(len(rows), 'compressed strategy', 'compressed strategies')} of {rows[0].model}, "
     if gates["yes"]:
         best = gates["yes"][0]
-        return f"{of}{best.name} is the smallest that keeps at least 99 % of the baseline's accuracy: {_facts(book, best)}"
+        is_best = f"{best.name} is the smallest that keeps at least 99 % of the baseline's accuracy"
+        return f"{of}{is_best}: {_facts(book, best)}"
     if gates[numbers.OPEN]:
         best = gates[numbers.OPEN][0]
-        return f"{of}none is shown to keep 99 % of the baseline's accuracy; {best.name} is the smallest that may: {_facts(book, best)}"
+        none = "none is shown to keep 99 % of the baseline's accuracy"
+        return f"{of}{none}; {best.name} is the smallest that may: {_facts(book, best)}"
     if gates["no"] == rows:
         best = max(rows, key=lambda e: numbers.number(e.measure("quality.accuracy_delta")) or -100)
-        return f"{of}every one loses more than 1 % of the baseline's accuracy; {best.name} loses least: {_facts(book, best)}"
+        every = "every one loses more than 1 % of the baseline's accuracy"
+        return f"{of}{every}; {best.name} loses least: {_facts(book, best)}"
     return f"{of}none can be compared with the baseline yet."
 
 
@@ -94,4 +98,5 @@ def failure_words(book: Book) -> str:
     done = sum(not e.failed for e in book.entries)
     if not book.failures:
         return f"Nothing failed: all {_count(done, 'run', 'runs')} finished." if done else "Nothing has been run yet."
-    return f"{_count(len(book.failures), 'run', 'runs')} of {len(book.entries)} failed; what is missing for that reason reads “not measured”."
+    failed = f"{_count(len(book.failures), 'run', 'runs')} of {len(book.entries)} failed"
+    return f"{failed}; what is missing for that reason reads “not measured”."

@@ -27,7 +27,8 @@ class Line:
         if self.tty:
             share = min(seconds / self.expected, 0.99) if self.expected else (cell - 1) / max(cells, 1)
             bar = "#" * round(WIDTH * share)
-            self._write(f"\r{self.name}  [{bar:-<{WIDTH}}] cell {cell}/{cells}  {clock(seconds)}{self._left(seconds)}\033[K")
+            told = f"cell {cell}/{cells}  {clock(seconds)}{self._left(seconds)}"
+            self._write(f"\r{self.name}  [{bar:-<{WIDTH}}] {told}\033[K")
         elif time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
             self._write(f"{self.name}: cell {cell}/{cells}, {clock(seconds)}{self._left(seconds)}\n")

@@ -1,4 +1,4 @@
-"""Run one strategy through papermill: whatever happens, what is left is either a whole record or a status that says why."""
+"""Run one strategy through papermill: it leaves a whole record, or a status that says why not."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ from qlib.runs.provenance import provenance
 from qlib.runs.state import folder_of, hold, now, read_json, write_status
 from qlib.runs.subject_hash import model_hash
 
-__all__ = ["Outcome", "execute"]
+__all__ = ["Outcome", "execute", "cause_of"]
 
 STARTS = 3  # a kernel that does not come up (ports taken, machine busy) is started again
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -87,7 +87,7 @@ def execute(
         except KeyboardInterrupt:
             outcome = Outcome("interrupted", "interrupted by the user")
         except (OSError, ValueError) as error:
-            outcome = Outcome("failed", _cause(error))
+            outcome = Outcome("failed", cause_of(error))
         finally:
             if kernel is not None:
                 kernel.end()
@@ -99,7 +99,7 @@ def execute(
         try:
             write_status(folder, outcome.state, **status, finished=now(), **said)
         except OSError as error:
-            outcome.cause = outcome.cause or _cause(error)
+            outcome.cause = outcome.cause or cause_of(error)
     if outcome.state == "interrupted":
         raise KeyboardInterrupt
     return outcome
@@ -197,7 +197,7 @@ def _judge(attempt: _Attempt, kernel: Kernel) -> Outcome:
     if isinstance(error, DeadKernelError) or "Kernel died" in str(error):
         log = kernel.log.read_text(errors="replace").splitlines() if kernel.log.exists() else []
         return Outcome("crashed", kernel.death(), cell, [ANSI.sub("", line) for line in log[-LAST_LINES:]])
-    return Outcome("failed", _cause(error), cell)
+    return Outcome("failed", cause_of(error), cell)
 
 
 def _is_full(error: BaseException | None) -> bool:
@@ -208,7 +208,8 @@ def _is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _cause(error: BaseException | None) -> str:
+def cause_of(error: BaseException | None) -> str:
+    """One line about an exception; a full disk is named, whoever met it."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return FULL if _is_full(error) else f"{type(error).__name__}: {first}"
 

@@ -1,4 +1,4 @@
-"""Put the figures of the speed records beside a strategy's own: `shape.size.*`, `shape.latency.*`, `shape.compress.*`."""
+"""Put the figures of the speed records beside a strategy's own: `shape.size.*`, `shape.latency.*`."""
 
 from pathlib import Path
 from typing import Any, Iterable

@@ -70,7 +70,7 @@ def _digest(value: Any) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Say in words which parts changed: ``sources qlib.quantize.rtn changed``, ``parameters recipe[0].bits: 4 -> 3``."""
+    """Say in words which parts changed: ``sources qlib.walk changed``, ``parameters recipe[0].bits: 4 -> 3``."""
     found = []
     for part in new:
         before, after = _flat(old.get(part), part), _flat(new[part], part)

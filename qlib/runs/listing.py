@@ -89,14 +89,15 @@ def find_record(name: str, root: Path, runs: Path, model: str | None) -> dict[st
     """
     published = root / "reports" / PUBLISHED / "records"
     where = slug(model) if model else "*"
-    files = [*sorted(runs.glob(f"{where}/{device_class()}/*/record.json")), *sorted(runs.glob(f"{where}/*/*/record.json"))]
+    files = [file for device in (device_class(), "*") for file in sorted(runs.glob(f"{where}/{device}/*/record.json"))]
     files += sorted(published.glob("*/record.json"))
     for file in files:
         record = read_json(file) if file.parent.name == name else None
         if record and (not model or record.get("model") == slug(model)):
             return record
     known = sorted({file.parent.name for file in files})
-    raise UserError(f"{name}: has no record{nearest(name, known)}; there are: {', '.join(known) or 'none, see `qlib run`'}")
+    there = ", ".join(known) or "none, see `qlib run`"
+    raise UserError(f"{name}: has no record{nearest(name, known)}; there are: {there}")
 
 
 def describe_record(record: dict[str, Any]) -> str:
@@ -109,7 +110,7 @@ def describe_record(record: dict[str, Any]) -> str:
             interval = "" if one["low"] is None else f"{one['low']:.4g} to {one['high']:.4g}"
             value = f"{one['value']:.6g} {one['unit']}"
             rows.append([prefix + name, value, interval, str(one["n"] or ""), one["conditions"]])
-    lines += ["", table(rows, ("measurement", "value", "interval", "n", "conditions"), ("interval", "n")) if rows else ""]
+    lines += ["", table(rows, ("measurement", "value", "interval", "n", "conditions"), ("interval", "n"))]
     if record.get("protocol"):
         lines += ["", f"protocol: {record['protocol']}"]
     where = record.get("provenance", {})

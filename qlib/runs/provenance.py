@@ -35,7 +35,7 @@ def provenance(seed: int | None = None, started: str | None = None, finished: st
         "packages": {name: version for name in PACKAGES if (version := version_of(name))},
         "cpu": _cpu(),
         "cores": os.cpu_count(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or _usable_cores()),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
@@ -44,6 +44,10 @@ def provenance(seed: int | None = None, started: str | None = None, finished: st
         "started": started,
         "finished": finished,
     }
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def version_of(package: str) -> str | None:

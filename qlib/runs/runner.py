@@ -1,4 +1,4 @@
-"""Run many strategies one after the other: what is out of date, baseline first, speed last; a failure stops no other."""
+"""Run the strategies that are out of date, one by one, baseline first, speed last; a failure stops no other."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from qlib.paths import write_atomic
 from qlib.progress import clock
 from qlib.runs.display import Line
 from qlib.runs.estimate import Estimate, announce, estimate
-from qlib.runs.execute import Outcome, execute
+from qlib.runs.execute import Outcome, cause_of, execute
 from qlib.runs.injection import injected
 from qlib.runs.state import Busy, State, state_of
 
@@ -94,7 +94,7 @@ def _run_one(
     except Busy as busy:
         outcome = Outcome("failed", str(busy))
     except OSError as error:
-        outcome = Outcome("failed", f"{type(error).__name__}: {error}")
+        outcome = Outcome("failed", cause_of(error))
     took = clock(outcome.seconds)
     line.close(f"{strategy.name}: {outcome.state}" + (f" in {took}" if not outcome.cause else f": {outcome.cause}"))
     return outcome

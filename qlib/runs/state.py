@@ -13,7 +13,7 @@ from qlib.paths import run_folder, write_atomic
 from qlib.runs.key import differences, key_of, key_parts
 from qlib.runs.provenance import device_class
 
-__all__ = ["State", "state_of", "folder_of", "read_json", "write_status", "hold", "is_held", "Busy", "now", "ENDED_BADLY"]
+__all__ = ["State", "state_of", "folder_of", "read_json", "write_status", "hold", "is_held", "Busy", "now"]
 
 ENDED_BADLY = ("failed", "crashed", "timeout", "interrupted")
 KILLED = "the runner was killed before the strategy ended"
@@ -89,7 +89,8 @@ def state_of(strategy: Strategy, root: Path, runs: Path) -> State:
 def write_status(folder: Path, state: str, **fields: Any) -> None:
     """Write status.json. Raises OSError, e.g. on a full disk."""
     empty = {"cause": None, "cell": None, "last_lines": [], "started": None, "finished": None, "key": None, "pid": None}
-    write_atomic(folder / "status.json", json.dumps({"state": state} | empty | fields, indent=1, ensure_ascii=False) + "\n")
+    status = {"state": state} | empty | fields
+    write_atomic(folder / "status.json", json.dumps(status, indent=1, ensure_ascii=False) + "\n")
 
 
 @contextmanager

@@ -12,13 +12,15 @@ HERE = Path(__file__).resolve().parents[2]
 EVIL = '<script>alert("x")</script>'
 
 
-def number(value, unit, spread=None, n=3120, conditions="cpu, 2 threads"):
+def number(value, unit, spread=None, conditions="cpu, 2 threads"):
     """A measurement; `spread` is half the width of its interval."""
     low, high = (None, None) if spread is None else (value - spread, value + spread)
-    return {"value": value, "unit": unit, "n": n, "low": low, "high": high, "method": "bootstrap over documents", "conditions": conditions}
+    found = {"value": value, "unit": unit, "n": 3120, "low": low, "high": high}
+    return found | {"method": "bootstrap over documents", "conditions": conditions}
 
 
-def quality(accuracy, delta, perplexity, megabytes, bits, family):
+def quality(accuracy, delta, perplexity, megabytes, bits, family="weight_quantization"):
+    """The measurements of a strategy."""
     found = {
         "quality.accuracy": number(accuracy, "percent", 0.9),
         "quality.perplexity": number(perplexity, "perplexity", 0.32),
@@ -27,38 +29,65 @@ def quality(accuracy, delta, perplexity, megabytes, bits, family):
         "size.resident_bytes": number(megabytes * 1.01e6, "bytes"),
         "size.bits_per_weight_total": number(megabytes * 8 / 1.5, "bits"),
     }
-    if family != "baseline":
-        found |= {
-            "quality.accuracy_delta": number(delta, "points", 0.35),
-            "quality.kl": number(abs(delta) / 50 + 0.004, "nats", 0.001),
-            "quality.top1_agreement": number(97 + delta, "percent", 0.4),
-            "size.bits_per_weight": number(bits, "bits"),
-            "compress.seconds": number(12.5 * abs(delta) + 1, "seconds"),
-            "compress.peak_rss_bytes": number(4.1e8, "bytes"),
-        }
-    return found
+    if family == "baseline":
+        return found
+    return found | {
+        "quality.accuracy_delta": number(delta, "points", 0.35),
+        "quality.kl": number(abs(delta) / 50 + 0.004, "nats", 0.001),
+        "quality.top1_agreement": number(97 + delta, "percent", 0.4),
+        "size.bits_per_weight": number(bits, "bits"),
+        "compress.seconds": number(12.5 * abs(delta) + 1, "seconds"),
+        "compress.peak_rss_bytes": number(4.1e8, "bytes"),
+    }
 
 
 def record(name, family, measurements, **more):
+    """A record.json as the runner writes it."""
+    accuracy = measurements.get("quality.accuracy", {}).get("value")
+    levels = {str(i): number(accuracy - 4 * i, "percent", 1.1) for i in (1, 2, 3)} if accuracy else {}
+    recipe = [] if family == "baseline" else [{"pass": "rtn", "bits": 4, "group_size": 128}]
     return {
-        "format": 1, "name": name, "title": {"en": name.upper().replace("-", " "), "zh": "压缩"}, "family": family, "tier": "core",
-        "model": "reference-1", "device": "cpu",
-        "params": {"name": name, "family": family, "notebook": f"{family}.ipynb", "seed": 7, "recipe": [{"pass": "rtn", "bits": 4, "group_size": 128}] if family != "baseline" else []},
-        "measurements": measurements, "protocol": "reference-1 evaluation split, 700 documents, context 256", "shape_format": "bf16",
-        "kept": {"heads": 1.0, "ffn": 1.0, "layers": 1.0}, "subject": {"source": "reference-1", "parameters": 1500000}, "data_sha256": "ab" * 32,
-        "details": {"levels": {str(i): number(measurements["quality.accuracy"]["value"] - 4 * i, "percent", 1.1) for i in (1, 2, 3)} if "quality.accuracy" in measurements else {}},
-        "key": "c0ffee" * 6, "key_parts": {}, "duration_seconds": 83.2, "peak_memory_bytes": {"value": 512000000, "method": "anonymous RSS"},
-        "provenance": {"commit": "0123456789abcdef", "dirty": True, "lock_sha256": "fe" * 32, "cpu": "Zen 5", "threads": 2, "python": "3.11.7", "seed": 7, "started": "2025-01-02T03:04:05"},
-    } | more  # fmt: skip
+        "format": 1,
+        "name": name,
+        "title": {"en": name.upper().replace("-", " "), "zh": "压缩"},
+        "family": family,
+        "tier": "core",
+        "model": "reference-1",
+        "device": "cpu",
+        "params": {"name": name, "family": family, "notebook": f"{family}.ipynb", "seed": 7, "recipe": recipe},
+        "measurements": measurements,
+        "protocol": "reference-1 evaluation split, 700 documents, context 256",
+        "shape_format": "bf16",
+        "kept": {"heads": 1.0, "ffn": 1.0, "layers": 1.0},
+        "subject": {"source": "reference-1", "parameters": 1_500_000},
+        "data_sha256": "ab" * 32,
+        "details": {"levels": levels},
+        "key": "c0ffee" * 6,
+        "key_parts": {},
+        "duration_seconds": 83.2,
+        "peak_memory_bytes": {"value": 512_000_000, "method": "anonymous RSS"},
+        "provenance": {
+            "commit": "0123456789abcdef",
+            "dirty": True,
+            "lock_sha256": "fe" * 32,
+            "cpu": "Zen 5",
+            "threads": 2,
+            "python": "3.11.7",
+            "seed": 7,
+            "started": "2025-01-02T03:04:05",
+        },
+    } | more
 
 
 def speed(model, device, scale=1.0):
     """A speed record: int4 decodes faster, int8's prefill cannot be told from bf16's."""
     formats = {}
     for name, size, decode, prefill, bits, fraction, factor in (
-        ("bf16", 144.6e9, 6000, 44000, 16, 0.5, 1.0), ("int8", 73e9, 1600, 45000, 8.03, 0.92, 0.99), ("int4-g128", 38e9, 950, 46000, 4.16, 0.83, 0.93),
-    ):  # fmt: skip
-        found = {
+        ("bf16", 144.6e9, 6000, 44000, 16, 0.5, 1.0),
+        ("int8", 73e9, 1600, 45000, 8.03, 0.92, 0.99),
+        ("int4-g128", 38e9, 950, 46000, 4.16, 0.83, 0.93),
+    ):
+        formats[name] = {
             "size.disk_bytes": number(size * scale, "bytes"),
             "size.resident_bytes": number(size * scale, "bytes"),
             "size.bits_per_weight": number(bits, "bits"),
@@ -68,32 +97,45 @@ def speed(model, device, scale=1.0):
             "latency.roofline_fraction": number(fraction, "fraction"),
         }
         if name != "bf16":
-            found["latency.prefill_speedup"] = number(factor, "ratio", 0.02)
-            found["latency.decode_speedup"] = number(6000 / decode, "ratio", 0.1)
-            found["latency.request_speedup"] = number((44000 + 32 * 6000) / (prefill + 32 * decode), "ratio", 0.1)
-            found["compress.seconds"] = number(350, "seconds")
-        formats[name] = found
-    details = {"kernels": {"bf16": {"decode": "linear", "prefill": "linear"}, "int8": "_weight_int8pack_mm", "int4-g128": ["_weight_int4pack_mm_for_cpu"]}}
-    return record(f"speed-{model}", "speed", {}, model=model, device=device, formats=formats, details=details, shape_format=None)
+            formats[name] |= {
+                "latency.prefill_speedup": number(factor, "ratio", 0.02),
+                "latency.decode_speedup": number(6000 / decode, "ratio", 0.1),
+                "latency.request_speedup": number(236_000 / (prefill + 32 * decode), "ratio", 0.1),
+                "compress.seconds": number(350, "seconds"),
+            }
+    kernels = {
+        "bf16": {"decode": "linear", "prefill": "linear"},
+        "int8": "_weight_int8pack_mm",
+        "int4-g128": ["_weight_int4pack_mm_for_cpu"],
+    }
+    more = {"model": model, "device": device, "formats": formats, "details": {"kernels": kernels}, "shape_format": None}
+    return record(f"speed-{model}", "speed", {}, **more)
 
 
-def executed(name, outputs, source_id="about"):
-    """A notebook as the runner leaves it: prose, parameters, a summary and a figure, outputs in place."""
-    cells = [
-        new_markdown_cell(f"# {name}\n\nOld prose.", id=source_id),
-        new_code_cell("seed: int = 1", id="parameters", metadata={"tags": ["parameters"]}, execution_count=1),
-        new_code_cell("seed = 7", id="injected", metadata={"tags": ["injected-parameters"]}, execution_count=2),
-        new_code_cell("summary(result)", id="summary", metadata={"tags": ["summary"]}, outputs=outputs, execution_count=3),
-        new_code_cell("print('hidden')", id="hidden", outputs=[new_output("stream", text="never stitched")], execution_count=4),
-    ]
+def executed(name, outputs):
+    """A notebook as the runner leaves it: prose, parameters, a summary, and a cell that no report shows."""
+    tags = {"parameters": ["parameters"], "injected": ["injected-parameters"], "summary": ["summary"]}
+    cells = [new_markdown_cell(f"# {name}\n\nOld prose.", id="about")]
+    for number_, (id, source, shown) in enumerate(
+        (
+            ("parameters", "seed: int = 1", []),
+            ("injected", "seed = 7", []),
+            ("summary", "summary(result)", outputs),
+            ("hidden", "print('hidden')", [new_output("stream", text="never stitched")]),
+        )
+    ):
+        metadata = {"tags": tags.get(id, [])}
+        cells.append(new_code_cell(source, id=id, metadata=metadata, outputs=shown, execution_count=number_ + 1))
     return new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
 
 
 def html(text):
+    """An output of HTML."""
     return new_output("display_data", {"text/html": text, "text/plain": "x"})
 
 
 def write(folder: Path, content: dict, file: str = "record.json", state: str = "done", **status) -> Path:
+    """Write a run's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if content:
         (folder / file).write_text(json.dumps(content))
@@ -102,55 +144,74 @@ def write(folder: Path, content: dict, file: str = "record.json", state: str = "
     return folder
 
 
-@pytest.fixture
-def project(tmp_path) -> Path:
-    """A whole project: ``notebooks/``, ``params/``, ``reports/runs`` and ``reports/published``."""
-    from qlib.report.show import summary
-
-    (tmp_path / "notebooks").mkdir()
-    (tmp_path / "params").mkdir()
-    shutil.copy(HERE / "notebooks" / "report.ipynb", tmp_path / "notebooks" / "report.ipynb")
+def _sources(root: Path) -> None:
+    """Notebooks and strategy files."""
+    (root / "notebooks").mkdir()
+    (root / "params").mkdir()
+    shutil.copy(HERE / "notebooks" / "report.ipynb", root / "notebooks" / "report.ipynb")
     for family in ("baseline", "weight_quantization", "pruning", "mixed_precision"):
         notebook = executed(family, [])
-        notebook.cells = [c for c in notebook.cells if c.id != "injected"]
+        notebook.cells = [cell for cell in notebook.cells if cell.id != "injected"]
         notebook.cells[0].source = f"# {family}\n\nNew prose: accuracy {{{{ quality.accuracy }}}}."
-        nbformat.write(notebook, tmp_path / "notebooks" / f"{family}.ipynb")
+        nbformat.write(notebook, root / "notebooks" / f"{family}.ipynb")
     for name, family in (("gptq-int4", "weight_quantization"), ("never-run", "combined"), ("wanda-50", "pruning")):
         plan = f"# expect\nname: {name}\nfamily: {family}\nnotebook: {family}.ipynb\nrecipe: [{{pass: x}}]\n"
-        (tmp_path / "params" / f"{name}.yaml").write_text(plan)
-    runs = tmp_path / "reports" / "runs"
-    rows = (
+        (root / "params" / f"{name}.yaml").write_text(plan)
+
+
+def _finished(cpu: Path) -> None:
+    from qlib.report.show import summary
+
+    third = {"kept": {"heads": 0.66, "ffn": 0.66, "layers": 1.0}}
+    for name, family, accuracy, delta, perplexity, size, bits, shape, more in (
         ("baseline", "baseline", 90.8, 0.0, 16.7, 3.0, 16, "bf16", {}),
         ("rtn-int8", "weight_quantization", 90.8, 0.0, 16.71, 1.7, 8.16, "int8", {}),
         ("rtn-int4", "weight_quantization", 90.5, -0.3, 17.4, 0.92, 4.16, "int4-g128", {}),
         ("rtn-int3", "weight_quantization", 90.0, -0.8, 20.1, 0.81, 3.15, "int3-g128", {}),
         ("rtn-int2", "weight_quantization", 81.2, -9.6, 64.0, 0.7, 2.14, "int2-g128", {}),
-        ("heads-third", "pruning", 88.2, -2.6, 19.9, 2.0, 16, "bf16", {"kept": {"heads": 0.66, "ffn": 0.66, "layers": 1.0}}),
-    )
-    for name, family, accuracy, delta, perplexity, size, bits, shape, more in rows:
+        ("heads-third", "pruning", 88.2, -2.6, 19.9, 2.0, 16, "bf16", third),
+    ):
         measured = quality(accuracy, delta, perplexity, size, bits, family)
         content = record(name, family, measured, shape_format=shape, **more)
-        folder = write(runs / "reference-1" / "cpu" / name, content)
+        folder = write(cpu / name, content)
         nbformat.write(executed(name, [html(summary(content)._repr_html_())]), folder / "notebook.ipynb")
+    write(cpu / "hand", record("hand", "combined", quality(89.9, -0.9, 17.9, 1.0, 4.5)), "result.json", state="")
+
+
+def _failed(cpu: Path) -> None:
     cell = {"index": 3, "id": "compress", "source": f"qlib.compress(subject, recipe)  # {EVIL}"}
-    cause = f"MemoryError: no room for {EVIL}"
-    failing = write(runs / "reference-1" / "cpu" / "gptq-int4", {}, state="failed", cause=cause, cell=cell, last_lines=["Traceback", f"MemoryError {EVIL}"])
-    broken = executed("gptq-int4", [new_output("error", ename="MemoryError", evalue="x", traceback=["MemoryError"])])
+    why = {"cause": f"MemoryError: no room for {EVIL}", "cell": cell}
+    folder = write(cpu / "gptq-int4", {}, state="failed", last_lines=["Traceback", f"MemoryError {EVIL}"], **why)
+    error = new_output("error", ename="MemoryError", evalue="x", traceback=["MemoryError"])
+    notebook = executed("gptq-int4", [error])
     banner = {"tags": ["papermill-error-cell-tag"]}
-    broken.cells.insert(0, new_markdown_cell("<span>An Exception was encountered</span>", metadata=banner))
-    nbformat.write(broken, failing / "failed.ipynb")
-    evil = quality(89.0, -1.8, 18.0, 1.1, 5.0, "mixed_precision")
-    evil["quality.kl"] |= {"method": EVIL, "conditions": EVIL}
-    content = record("evil", "mixed_precision", evil, title={"en": f"Evil {EVIL}", "zh": EVIL}, protocol=EVIL)
+    notebook.cells.insert(0, new_markdown_cell("<span>An Exception was encountered</span>", metadata=banner))
+    nbformat.write(notebook, folder / "failed.ipynb")
+
+
+def _hostile(cpu: Path) -> None:
+    measured = quality(89.0, -1.8, 18.0, 1.1, 5.0)
+    measured["quality.kl"] |= {"method": EVIL, "conditions": EVIL}
+    content = record("evil", "mixed_precision", measured, title={"en": f"Evil {EVIL}", "zh": EVIL}, protocol=EVIL)
     content["params"]["recipe"] = [{"pass": EVIL}]
     content["provenance"]["cpu"] = EVIL
-    write(runs / "reference-1" / "cpu" / "evil", content)
-    write(runs / "reference-1" / "cpu" / "hand", record("hand", "combined", quality(89.9, -0.9, 17.9, 1.0, 4.5, "combined")), "result.json", state="")
-    write(runs / "reference-1" / "cpu" / "speed-reference-1", speed("reference-1", "cpu", 1e-4))
+    write(cpu / "evil", content)
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A whole project: ``notebooks/``, ``params/``, ``reports/runs`` and ``reports/published``."""
+    _sources(tmp_path)
+    runs, records = tmp_path / "reports" / "runs", tmp_path / "reports" / "published" / "records"
+    cpu = runs / "reference-1" / "cpu"
+    _finished(cpu)
+    _failed(cpu)
+    _hostile(cpu)
+    write(cpu / "speed-reference-1", speed("reference-1", "cpu", 1e-4))
     write(runs / "qwen-72b" / "cpu" / "speed-qwen-72b", speed("qwen-72b", "cpu"))
-    records = tmp_path / "reports" / "published" / "records"
-    write(records / "wanda-50", record("wanda-50", "pruning", quality(86.9, -3.9, 23.0, 2.9, 9.0, "pruning")), state="")
-    write(records / "rtn-int4", record("rtn-int4", "weight_quantization", quality(1.0, -80, 999, 9, 4.16, "weight_quantization")), state="")
+    write(records / "wanda-50", record("wanda-50", "pruning", quality(86.9, -3.9, 23.0, 2.9, 9.0)), state="")
+    other = record("rtn-int4", "weight_quantization", quality(1.0, -80, 999, 9, 4.16))
+    write(records / "rtn-int4", other, state="")
     write(records / "speed-qwen-72b@nvidia-h200", speed("qwen-72b", "nvidia-h200", 1e-2), state="")
     return tmp_path
 
@@ -160,3 +221,11 @@ def book(project):
     from qlib.report.book import collect
 
     return collect(project / "reports" / "runs", project / "reports" / "published", project / "params")
+
+
+@pytest.fixture
+def make():
+    """The builders above, for tests that need records of their own."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(number=number, quality=quality, record=record, speed=speed, write=write, executed=executed)

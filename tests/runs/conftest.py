@@ -8,69 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import nbformat
 import pytest
-
-import qlib
-from qlib.record import REQUIRED, UNITS
-
-PACKAGE = Path(qlib.__file__).parent
-PARAMETERS = """name: str = "plain"
-title: dict = {"en": "Plain", "zh": "普通"}
-family: str = "baseline"
-tier: str = "core"
-notebook: str = "plain.ipynb"
-model: str = "model"
-recipe: list = []
-seed: int = 0
-calibration: dict = {"text": "text.txt", "samples": 128, "length": 256}
-evaluation: dict = {"text": "text.txt"}"""
-SETUP = """from pathlib import Path
-
-import qlib
-
-run = qlib.start(globals())"""
-COUNT = """with open("executions.txt", "a") as log:
-    log.write(f"{name}\\n")"""
-BODIES = {
-    "plain": "print('nothing to do')",
-    "killed": "import os\nif not Path('healed').exists():\n    os.kill(os.getpid(), 9)",
-    "raises": "raise ZeroDivisionError('on \\x1b[31mpurpose')",
-    "slow": (
-        "import os, time\nPath('kernel.pid').write_text(str(os.getpid()))\n"
-        "while not Path('healed').exists():\n    time.sleep(0.05)"
-    ),
-    "full": "(run.folder / 'large').write_bytes(bytes(8_000_000))",
-    "unrecorded": "record = None",
-}
-#: A strategy file as a mapping; tests change what they are about.
-PLAIN = {
-    "name": "plain",
-    "title": {"en": "Plain", "zh": "普通"},
-    "family": "baseline",
-    "tier": "core",
-    "notebook": "plain.ipynb",
-    "model": "model",
-    "evaluation": {"text": "text.txt"},
-}
-
-
-def measurements(family: str = "baseline") -> dict[str, dict[str, Any]]:
-    return {name: {"value": 1.5, "unit": UNITS[name]} for name in REQUIRED[family]}
-
-
-def write_notebook(path: Path, body: str, parameters: str = PARAMETERS, recorded: bool = True) -> None:
-    cells = [
-        nbformat.v4.new_markdown_cell("# A small notebook", id="title"),
-        nbformat.v4.new_code_cell(parameters, id="parameters", metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(SETUP, id="setup"),
-        nbformat.v4.new_code_cell(COUNT, id="count"),
-        nbformat.v4.new_code_cell(body, id="body"),
-    ]
-    if recorded:
-        cells.append(nbformat.v4.new_code_cell(f"qlib.record(run, {measurements()!r}, {{}})", id="record"))
-    elsewhere = {"kernelspec": {"name": "elsewhere", "display_name": "Elsewhere", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=elsewhere), path)
+from tiny_project import BODIES, PACKAGE, PLAIN, write_notebook
 
 
 @pytest.fixture
@@ -95,7 +34,8 @@ def project(tmp_path: Path) -> SimpleNamespace:
 
     def start(*arguments: str, **options: Any) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, "-m", "qlib", *arguments], cwd=root, env=environment, **pipes, **options)
+        command = [sys.executable, "-m", "qlib", *arguments]
+        return subprocess.Popen(command, cwd=root, env=environment, **pipes, **options)
 
     def call(*arguments: str) -> SimpleNamespace:
         process = start(*arguments)
@@ -117,5 +57,5 @@ def project(tmp_path: Path) -> SimpleNamespace:
 
     return SimpleNamespace(
         root=root, add=add, start=start, call=call, executions=executions, folder=folder, status=status,
-        runs=root / "reports" / "runs",
+        runs=root / "reports" / "runs", environment=environment,
     )  # fmt: skip

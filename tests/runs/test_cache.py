@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import BODIES, PACKAGE, PLAIN, write_notebook
+from tiny_project import BODIES, PACKAGE, PLAIN, write_notebook
 
 from qlib.params import from_dict, load_strategies
 from qlib.runs import key
@@ -84,7 +84,10 @@ def test_what_the_key_depends_on(project):
 def package(tmp_path: Path, monkeypatch) -> Path:
     """A copy of the package's sources with a second pass, to be edited."""
     copy = tmp_path / "copy" / "qlib"
-    shutil.copytree(PACKAGE, copy, ignore=lambda folder, names: [n for n in names if "." in n and not n.endswith(".py")])
+    for file in PACKAGE.rglob("*.py"):
+        target = copy / file.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
     (copy / "quantize" / "other.py").write_text("from qlib.quantize.grid import Grid\nimport scipy.linalg\n")
     names = {"rtn": "qlib.quantize.rtn", "other": "qlib.quantize.other"}
     monkeypatch.setattr(key, "pass_modules", lambda: names)

@@ -4,10 +4,12 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from tiny_project import PACKAGE, write_notebook
 
 
 def wait_for(path: Path, seconds: float = 60) -> str:
@@ -45,7 +47,8 @@ def test_a_failure_stops_no_other_and_says_where_it_was(project):
     assert "<caption>Parameters</caption>" in executed and "<caption>Provenance</caption>" in executed
 
     killed = project.status("killed")
-    assert killed["state"] == "crashed" and killed["cause"] == "the kernel was killed by signal 9, perhaps out of memory"
+    assert killed["state"] == "crashed"
+    assert killed["cause"] == "the kernel was killed by signal 9, perhaps out of memory"
     assert killed["cell"]["id"] == "body" and "os.kill" in killed["cell"]["source"]
     raised = project.status("raises")
     assert raised["state"] == "failed" and raised["cell"]["id"] == "body"
@@ -117,8 +120,6 @@ def test_failing_rerun_keeps_the_record(project):
     project.add("plain")
     assert project.call("run").code == 0
     before = (project.folder("plain") / "record.json").read_bytes()
-    from conftest import write_notebook
-
     write_notebook(project.root / "notebooks" / "plain.ipynb", "raise ValueError('now it fails')")
     assert project.call("run").code == 1
     assert (project.folder("plain") / "record.json").read_bytes() == before
@@ -163,25 +164,36 @@ def test_disk_that_is_full_before_the_start(small_disk):
     assert project.call("run").code == 0
 
 
-def test_plain_papermill_refuses_a_misspelt_parameter(project):
-    import sys
+def papermill(project, *arguments: str) -> subprocess.CompletedProcess:
+    """Plain papermill, without the runner."""
+    command = [sys.executable, "-m", "papermill", "notebooks/plain.ipynb", "out.ipynb", "-k", "python3", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    return subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True)
 
-    command = [sys.executable, "-m", "papermill", "notebooks/plain.ipynb", "out.ipynb", "-p", "sed", "3", "-k", "python3"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    run = subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True)
+
+def test_plain_papermill_refuses_a_misspelt_parameter(project):
+    run = papermill(project, "-p", "sed", "3")
     assert run.returncode != 0 and "'sed' is unknown (did you mean 'seed'?)" in run.stderr
-    assert not (project.root / "plain" / "result.json").exists()
+    assert not (project.root / "plain").exists()
 
 
 def test_plain_papermill_with_a_strategy_file(project):
-    import sys
-
     file = project.add("alone", seed=3)
-    command = [sys.executable, "-m", "papermill", "notebooks/plain.ipynb", "out.ipynb", "-f", str(file), "-k", "python3"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    # papermill formats paths, so a plain call cannot reach a file in a folder with braces other than relatively
-    command[-3] = str(file.relative_to(project.root))
-    run = subprocess.run(command, cwd=project.root, env=environment, capture_output=True, text=True)
+    run = papermill(project, "-f", str(file.relative_to(project.root)))
     assert run.returncode == 0, run.stderr
     result = json.loads((project.root / "alone" / "result.json").read_text())
     assert result["params"]["seed"] == 3 and "key" not in result
+
+
+def test_a_kernel_that_does_not_come_up_is_started_again(project):
+    project.add("plain")
+    (project.root / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'ipykernel_launcher' in ' '.join(sys.orig_argv) and not os.path.exists('tried'):\n"
+        "    open('tried', 'w').close()\n"
+        "    os._exit(1)\n"
+    )
+    project.environment["PYTHONPATH"] += os.pathsep + str(project.root)
+    run = project.call("run")
+    assert (project.root / "tried").exists() and run.code == 0, run.err
+    assert project.executions() == ["plain"]

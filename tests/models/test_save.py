@@ -1,0 +1,72 @@
+"""What is saved comes back bit by bit, whole or not at all, at the size that is reported."""
+
+import pytest
+import torch
+
+from qlib.compress import compress
+from qlib.errors import UserError
+from qlib.layers import packed_layers
+from qlib.models.load import load
+from qlib.models.save import save
+
+RECIPES = {
+    "int4": {"pass": "rtn", "bits": 4, "group_size": 32},
+    "int8": {"pass": "rtn", "bits": 8, "group_size": None, "symmetric": True},
+    "int3": {"pass": "rtn", "bits": 3, "group_size": 64},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("tied", (False, True))
+def test_packed_checkpoints_come_back_bit_by_bit(model_folder, tmp_path, recipe, tied):
+    subject = compress(load(str(model_folder(tied=tied))), [recipe])
+    save(subject, tmp_path / "saved")
+    again = load(str(tmp_path / "saved"))
+    before, after = packed_layers(subject.model), packed_layers(again.model)
+    assert list(before) == list(after) and len(before) == 14
+    for name, layer in before.items():
+        for part in ("codes", "scales", "zeros"):
+            ours, theirs = (getattr(x.compressed(), part) for x in (layer, after[name]))
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(subject.model(ids).logits, again.model(ids).logits)
+    assert (again.model.lm_head.weight is again.model.model.embed_tokens.weight) == tied
+
+
+def test_dense_checkpoints_load_in_plain_transformers(model_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    subject = compress(load(str(model_folder())), [RECIPES["int4"]])
+    save(subject, tmp_path / "dense", format="dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    for name, layer in packed_layers(subject.model).items():
+        assert torch.equal(dense.get_submodule(name).weight, layer.compressed().dequantize().bfloat16())
+
+
+def test_the_reported_size_is_that_on_disk_and_a_tied_head_is_stored_once(model_folder, tmp_path):
+    sizes = {}
+    for tied in (False, True):
+        subject = load(str(model_folder(tied=tied, name=f"model-{tied}")))
+        sizes[tied] = save(subject, tmp_path / "saved")["size.disk_bytes"].value
+        assert sizes[tied] == sum(file.stat().st_size for file in (tmp_path / "saved").glob("*.safetensors"))
+    assert abs(sizes[False] - sizes[True] - 2 * 300 * 64) < 200  # one embedding in bf16, but for the header
+
+
+def test_int4_takes_a_quarter_and_a_bit(model_folder, tmp_path):
+    subject = compress(load(str(model_folder())), [RECIPES["int4"]])
+    sizes = save(subject, tmp_path / "saved")
+    assert sizes["size.bits_per_weight"]["value"] == 4 + (16 + 4) / 32
+
+
+def test_an_interrupted_save_leaves_nothing(model_folder, tmp_path, monkeypatch):
+    subject = load(str(model_folder()))
+    monkeypatch.setattr(subject.tokenizer, "save_pretrained", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save(subject, tmp_path / "saved")
+    assert not list(tmp_path.glob("saved*"))
+
+
+def test_unknown_format(model_folder, tmp_path):
+    with pytest.raises(UserError, match="format: 'gguf' is unknown; allowed: packed, dense"):
+        save(load(str(model_folder())), tmp_path / "saved", format="gguf")

@@ -1,0 +1,159 @@
+"""From notebooks to pages: prose is current, strategies are stitched in, and a bad page is never written."""
+
+import json
+import re
+import shutil
+import time
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from qlib.errors import UserError
+from qlib.report import stitch
+from qlib.report.check import check_html
+from qlib.report.render import convert, render
+from qlib.report.structure import finish, scope_ids
+
+GOOD = (
+    '<!DOCTYPE html><html lang="en"><head><title>t</title></head><body><h1 id="a">a</h1><a href="#a">a</a>'
+    '<img src="data:image/png;base64,x" alt="a cat"><table><caption>c</caption><tr><th scope="col">h</th></tr></table>'
+    "<pre>f'{{x}}'</pre>DEFECT</body></html>"
+)
+
+
+@pytest.mark.parametrize(
+    "defect, problem",
+    [
+        ("", None),
+        ('<script src="https://cdn.example/x.js"></script>', "fetches"),
+        ('<link rel="stylesheet" href="style.css">', "fetches"),
+        ('<img src="https://x.example/a.png" alt="a">', "fetches"),
+        ("<style>@import 'x.css';</style>", "@import"),
+        ("<style>p { background: url(https://x.example/a.png) }</style>", "fetches"),
+        ('<p style="background:url(//x.example/a.png)"></p>', "fetches"),
+        ('<img src="data:image/png;base64,x">', "alternative text"),
+        ('<img src="data:," alt="No description has been provided for this image">', "alternative text"),
+        ("<svg></svg>", "role=img"),
+        ("<table><caption>c</caption><tr><th>h</th></tr></table>", "without scope"),
+        ('<table><tr><th scope="col">h</th></tr></table>', "without caption"),
+        ("<h1>again</h1>", "2 h1"),
+        ("<p>{{ quality.kl }}</p>", "placeholder left over"),
+        ('<p id="a"></p>', "used 2 times"),
+        ('<a href="#nowhere">x</a>', "leads nowhere"),
+        ('<a href="missing.html">x</a>', "leads to no file"),
+        ('<a href="javascript:alert(1)">x</a>', "no page"),
+    ],
+)
+def test_check_html_finds_each_kind_of_defect(tmp_path, defect, problem):
+    page = tmp_path / "page.html"
+    page.write_text(GOOD.replace("DEFECT", defect))
+    problems = check_html(page)
+    assert (problems == []) if problem is None else any(problem in line for line in problems), problems
+
+
+def test_check_html_wants_language_and_title(tmp_path):
+    (tmp_path / "page.html").write_text("<html><body><h1>x</h1></body></html>")
+    assert check_html(tmp_path / "page.html") == ["<html> without lang", "page without <title>"]
+
+
+def test_current_prose_keeps_outputs(make):
+    done = make.executed("x", [new_output("stream", text="42")])
+    source = make.executed("x", [])
+    del source.cells[2]  # what papermill injected
+    source.cells[0].source = "# x\n\nNew prose."
+    source.cells.insert(1, new_markdown_cell("An added paragraph.", id="added"))
+    notebook, _ = stitch.current_prose(source)(done, {})
+    assert [cell.id for cell in notebook.cells] == ["about", "added", "parameters", "injected", "summary", "hidden"]
+    assert notebook.cells[0].source.endswith("New prose.") and notebook.cells[4].outputs[0].text == "42"
+
+
+def test_current_prose_follows_the_executed_order_if_code_changed(make):
+    done, source = make.executed("x", []), make.executed("x", [])
+    source.cells = [source.cells[0], new_code_cell("other", id="other")]
+    source.cells[0].source = "# x\n\nNew prose."
+    notebook, _ = stitch.current_prose(source)(done, {})
+    assert [cell.id for cell in notebook.cells] == [cell.id for cell in make.executed("x", []).cells]
+    assert "New prose" in notebook.cells[0].source
+
+
+def test_scoped_ids_take_their_references_along():
+    page = '<figure id="fig-a"><path id="p"/><use href="#p" clip-path="url(#p)"/><i data-ref="fig-a"></i></figure>'
+    scoped = scope_ids(page + '<a href="#elsewhere">', "gptq")
+    assert 'id="fig-gptq-a"' in scoped and 'data-ref="fig-gptq-a"' in scoped
+    assert 'href="#gptq-p"' in scoped and "url(#gptq-p)" in scoped and 'href="#elsewhere"' in scoped
+
+
+def test_finish_numbers_refers_and_completes():
+    page = (
+        '<!--contents--><h1>T</h1><h2>One</h2><a href="#fig-b"></a><a href="#one"></a><h2>One</h2>'
+        '<span class="number" data-ref="fig-a"></span><span class="number" data-ref="fig-b"></span>'
+        "<table><thead><tr><th>h</th></tr></thead><tbody><tr><th>r</th><td>1</td></tr></tbody></table>"
+    )
+    done = finish(page, "x.ipynb")
+    assert '<a href="#fig-b">Figure 2</a>' in done and '<a href="#one">One</a>' in done
+    assert 'id="one"' in done and 'id="one-2"' in done and '<li><a href="#one-2">One</a></li>' in done
+    assert '<th scope="col">h' in done and '<th scope="row">r' in done and "Table in the section One" in done
+    with pytest.raises(UserError, match=r"x.ipynb: reference '#fig-c'.*did you mean 'fig-b'"):
+        finish('<h2>One</h2><span class="number" data-ref="fig-b"></span><a href="#fig-c"></a>', "x.ipynb")
+
+
+def test_a_data_frame_and_a_markdown_table_become_accessible(tmp_path):
+    frame = new_output("display_data", {"text/html": "<table class='dataframe'><tr><th></th><th>a</th></tr></table>"})
+    cells = [new_markdown_cell("# T\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"), new_code_cell("x", outputs=[frame])]
+    (tmp_path / "x.html").write_text(convert(new_notebook(cells=cells), [], {}, "x"))
+    assert check_html(tmp_path / "x.html") == []
+
+
+def rendered(project):
+    reports = project / "reports"
+    return render(project, reports / "runs", reports / "published", reports / "index.html")
+
+
+def test_the_whole_report(project):
+    page = rendered(project)
+    text = page.read_text()
+    assert check_html(page) == []
+    assert "alert(\"x\")" not in text and "alert(&quot;x&quot;)" in text
+    assert "Of 8 compressed strategies" in text and "published record" in text
+    assert 'href="#fig-pareto-accuracy">Figure 1<' in text and '<span class="number">Table 1.</span>' in text
+    assert "qlib run params/gptq-int4.yaml" in text and 'aria-label="Failure of gptq-int4"' in text
+    assert "never stitched" not in text and "An Exception was encountered" not in text
+    assert "http://www.w3.org" in text and not re.search(r'(src|href)="https?://', text)
+    attached = (project / "reports" / "notebooks" / "rtn-int4.html").read_text()
+    assert "New prose: accuracy 90.5" in attached and "Old prose" not in attached
+    halfway = (project / "reports" / "notebooks" / "gptq-int4.html").read_text()
+    assert "accuracy not measured" in halfway and "An Exception was encountered" not in halfway
+
+    executed = project / "reports" / "runs" / "cache" / "report" / "report.ipynb"
+    stamp, begun = executed.stat().st_mtime_ns, time.perf_counter()
+    source = project / "notebooks" / "report.ipynb"
+    content = json.loads(source.read_text())
+    content["cells"][0]["source"] = "# Another title\n\n{{ verdict: rtn-int2 }}"
+    source.write_text(json.dumps(content))
+    assert "Another title" in rendered(project).read_text()
+    assert executed.stat().st_mtime_ns == stamp  # editing prose executes nothing
+    assert time.perf_counter() - begun < 10
+
+    content["cells"][0]["source"] = "# Another title\n\n{{ rtn-int2: quality.klx }}"
+    source.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"notebooks/report.ipynb: cell title: placeholder '\{\{ rtn-int2: quality.klx"):
+        rendered(project)
+    assert "Another title" in page.read_text()  # the page before it stays
+
+
+def test_a_report_about_nothing_is_a_report(project):
+    shutil.rmtree(project / "reports")
+    text = rendered(project).read_text()
+    assert "No compressed strategy has been measured yet." in text and "not measured yet" in text
+    assert "Nothing has been run yet." in text
+
+
+def test_a_cell_that_fails_is_named(project):
+    source = project / "notebooks" / "report.ipynb"
+    notebook = nbformat.read(source, as_version=4)
+    notebook.cells = notebook.cells[:2] + [new_code_cell("1 / 0", id="boom")]
+    nbformat.write(notebook, source)
+    with pytest.raises(UserError, match="report.ipynb: cell .* failed: ZeroDivisionError"):
+        rendered(project)
+    assert not (project / "reports" / "index.html").exists()

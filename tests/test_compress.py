@@ -1,0 +1,64 @@
+"""Recipes: applied as told, refused when they cannot work, with nothing changed."""
+
+import pytest
+import torch
+
+from qlib.compress import compress
+from qlib.errors import UserError
+from qlib.layers import packed_layers
+from qlib.models.load import load
+from qlib.quantize import rtn
+from qlib.recipe import find_pass, pass_names, read_recipe
+
+
+def test_every_linear_of_every_block_is_rounded_and_nothing_else(model_folder):
+    folder = str(model_folder())
+    original, subject = load(folder).model, compress(load(folder), [{"pass": "rtn", "bits": 4, "group_size": 32}])
+    packed = packed_layers(subject.model)
+    assert len(packed) == 14 and "lm_head" not in packed
+    for name, layer in packed.items():
+        expected = rtn.solve(original.get_submodule(name).weight, rtn.Options(4, 32))
+        assert torch.equal(layer.compressed().codes, expected.codes)
+    kept = dict(original.named_parameters())
+    for name, parameter in subject.model.named_parameters():
+        assert torch.equal(parameter, kept[name])
+    errors = [layer["error"] for layer in subject.details["layers"]]
+    assert len(errors) == 14 and all(0 < error < 0.2 for error in errors)
+    assert subject.details["shape_format"] == "int4-g32" and subject.measurements["compress.seconds"].value > 0
+
+
+@pytest.mark.parametrize(
+    "recipe, words",
+    [
+        ([], "recipe: is empty"),
+        ([{"bits": 4}], "recipe[0]: has no 'pass'"),
+        ([{"pass": "rtm"}], "pass 'rtm' is unknown (did you mean 'rtn'?)"),
+        ([{"pass": "rtn", "bit": 4}], "recipe[0].bit: unknown option of pass 'rtn' (did you mean 'bits'?)"),
+        ([{"pass": "rtn", "group_size": 128}], "128 does not divide the 64 input channels of self_attn.q_proj; allowed here: 32, 64, null"),
+        ([{"pass": "rtn", "group_size": 32}] * 2, "only one of them can"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_changes(model_folder, recipe, words):
+    subject = load(str(model_folder()))
+    with pytest.raises(UserError) as caught:
+        compress(subject, recipe)
+    assert words in str(caught.value) and not packed_layers(subject.model)
+
+
+def test_a_packed_model_is_not_rounded_again(model_folder):
+    recipe = [{"pass": "rtn", "bits": 4, "group_size": 32}]
+    with pytest.raises(UserError, match="needs float weights, but the model is already packed"):
+        compress(compress(load(str(model_folder())), recipe), recipe)
+
+
+def test_passes_are_found_by_name():
+    assert pass_names()["rtn"] == "qlib.quantize.rtn" and "grid" not in pass_names()
+    assert find_pass("rtn") is rtn
+    module, options = read_recipe([{"pass": "rtn", "bits": 8, "group_size": None}])[0]
+    assert module is rtn and options == rtn.Options(8, None)
+
+
+def test_the_seed_of_the_caller_is_left_alone(model_folder):
+    folder, state = str(model_folder()), torch.get_rng_state()
+    compress(load(folder), [{"pass": "rtn", "bits": 4, "group_size": 32}], seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
