@@ -1,6 +1,8 @@
 """Compress, measure and compare Qwen-like language models. The verbs a notebook needs, imported on first use."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -29,3 +31,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps the verbs: importing the submodule `qlib.compress` would otherwise put it in the place of the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in VERBS or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -26,6 +26,7 @@ UNITS = {
     "quality.kl_p99": "nats",
     "quality.top1_agreement": "percent",
     "quality.accuracy_delta": "points",
+    "quality.perplexity_ratio": "ratio",
     "size.disk_bytes": "bytes",
     "size.resident_bytes": "bytes",
     "size.bits_per_weight": "bits",

@@ -6,7 +6,7 @@ import numpy as np
 
 from qlib.errors import UserError
 
-__all__ = ["END", "train_tokenizer", "start_token", "encode", "encode_stream"]
+__all__ = ["END", "train_tokenizer", "start_token", "cut_places", "encode", "encode_stream"]
 
 END = "<|endoftext|>"  # ends a document, and stands before a text as its only context
 
@@ -36,6 +36,16 @@ def start_token(tokenizer) -> int:
         if token is not None:
             return token
     raise UserError("tokenizer: has neither a beginning-of-text nor an end-of-text token")
+
+
+def cut_places(tokenizer) -> dict[str, frozenset[int] | None]:
+    """Ids of tokens that begin with a line break ("line") or go on inside a word ("word"); None for "any"."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    return {
+        "line": frozenset(i for i, text in enumerate(texts) if text.startswith("\n")),
+        "word": frozenset(i for i, text in enumerate(texts) if text[:1].isalnum()),
+        "any": None,
+    }
 
 
 def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -16,7 +16,7 @@ from qlib.evaluate.quality import log_probabilities, score_items, score_windows
 from qlib.models.load import Subject, load
 from qlib.paths import cache_folder
 
-__all__ = ["Answers", "answer", "baseline_answers", "divergence", "weights_hash"]
+__all__ = ["Answers", "Shown", "answer", "baseline_answers", "divergence", "weights_hash"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,14 @@ class Answers:
     alone: np.ndarray
     nll: np.ndarray
     tokens: np.ndarray
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The baseline's distributions: log-probabilities in fp16 `[tokens, vocabulary]`, and its first choice `[tokens]`."""
+
+    log_p: np.ndarray
+    top: np.ndarray
 
 
 def answer(subject: Subject, items: Sequence[Item], windows: Sequence[Sequence[int]], start: int) -> Answers:
@@ -65,8 +73,8 @@ def baseline_answers(
     shown: Sequence[Sequence[int]],
     start: int,
     protocol: dict[str, Any],
-) -> tuple[Answers, np.ndarray]:
-    """Answers of the uncompressed bf16 model, and its log-probabilities on the windows `shown` (fp16 `[tokens, vocabulary]`).
+) -> tuple[Answers, "Shown"]:
+    """Answers of the uncompressed bf16 model, and its distributions on the windows `shown`.
 
     Loads the model again from where the subject came from, unless the artefact is there already. The log-probabilities
     are opened memory-mapped, so that a large vocabulary costs disk and not memory.
@@ -79,12 +87,15 @@ def baseline_answers(
         answers = answer(fresh, items, windows, start)
         logits_of = logits_function(fresh)
         with in_float32(fresh.model):
-            rows = [row.half().cpu().numpy() for row in log_probabilities(logits_of, shown, start)]
-        _save(folder / "shown.npy", lambda file: np.save(file, np.concatenate(rows)))
+            pairs = [(row.half().cpu(), row.argmax(-1).cpu()) for row in log_probabilities(logits_of, shown, start)]
+        first, top = (torch.cat(parts).numpy() for parts in zip(*pairs))
+        _save(folder / "shown.npy", lambda file: np.save(file, first))
+        _save(folder / "top.npy", lambda file: np.save(file, top))
         _save(folder / "answers.npz", lambda file: np.savez(file, **vars(answers)))
     with np.load(folder / "answers.npz", allow_pickle=False) as stored:
         answers = Answers(**{name: stored[name] for name in stored.files})
-    return answers, np.load(folder / "shown.npy", mmap_mode="r", allow_pickle=False)
+    log_p = np.load(folder / "shown.npy", mmap_mode="r", allow_pickle=False)
+    return answers, Shown(log_p, np.load(folder / "top.npy", allow_pickle=False))
 
 
 def _save(path: Path, write) -> None:
@@ -96,15 +107,16 @@ def _save(path: Path, write) -> None:
 
 @torch.inference_mode()
 def divergence(
-    subject: Subject, shown: Sequence[Sequence[int]], reference: np.ndarray, start: int
+    subject: Subject, shown: Sequence[Sequence[int]], reference: Shown, start: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """KL divergence from the baseline in nats, and whether both rank the same token first: `[tokens]` each."""
     logits_of, at = logits_function(subject), 0
     kl, agree = [], []
     with in_float32(subject.model):
         for ours in log_probabilities(logits_of, shown, start):
-            theirs = torch.from_numpy(np.array(reference[at : at + len(ours)])).float().log_softmax(-1).to(ours.device)
+            part = slice(at, at + len(ours))
+            theirs = torch.from_numpy(np.array(reference.log_p[part])).float().log_softmax(-1).to(ours.device)
             kl.append((theirs.exp() * (theirs - ours)).sum(-1).clamp(min=0).cpu())
-            agree.append((theirs.argmax(-1) == ours.argmax(-1)).cpu())
+            agree.append(ours.argmax(-1).cpu() == torch.from_numpy(reference.top[part]))
             at += len(ours)
     return torch.cat(kl).double().numpy(), torch.cat(agree).double().numpy()

@@ -26,7 +26,8 @@ def grid_of(format: str) -> Grid | None:
     """
     match = FORMAT.fullmatch(format)
     if match is None and format != "bf16":
-        raise UserError(f"format '{format}' is unknown; allowed: bf16, int8, int4-g128 and the like (bits 2, 3, 4, 5, 6, 8)")
+        known = "bf16, int8, int4-g128 and the like (bits 2, 3, 4, 5, 6, 8)"
+        raise UserError(f"format '{format}' is unknown; allowed: {known}")
     return match and Grid(int(match[1]), int(match[2]) if match[2] else None)
 
 

@@ -42,7 +42,8 @@ def run_tasks(
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise UserError(f"evaluation.tasks: {missing[0]} does not exist")
-    manager = TaskManager(include_path=[str(file.resolve().parent) for file in files] or None)
+    folders = [str(file.resolve().parent) for file in files]
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(tasks))
     names = [_name_in(Path(task)) if Path(task) in files else task for task in tasks]
     for name in names:
         if name not in manager.all_tasks:

@@ -1,7 +1,7 @@
 """Multiple-choice items from held-out text: which of four continuations is the true one?"""
 
 from dataclasses import dataclass
-from typing import Sequence
+from typing import Literal, Mapping, Sequence
 
 import numpy as np
 
@@ -12,17 +12,22 @@ __all__ = ["Level", "LEVELS", "Item", "build_items", "cut_windows"]
 
 @dataclass(frozen=True)
 class Level:
-    """A difficulty: the fewer tokens a continuation has, the harder it is to tell from the others."""
+    """A difficulty: tokens of context and continuation, and where the passage is cut.
+
+    Cut inside a word, the first letters tell much; at the end of a line, nothing does but the meaning.
+    """
 
     name: str
+    cut: Literal["line", "any", "word"]
     context: int
     continuation: int
 
 
 #: Frozen with `reference-1`; hardest first. The headline is the hardest at which the baseline exceeds 85 %.
-LEVELS = (Level("hard", 48, 4), Level("medium", 48, 8), Level("easy", 48, 16))
+LEVELS = (Level("hard", "line", 48, 16), Level("medium", "any", 48, 16), Level("easy", "word", 48, 16))
 CHOICES = 4
-SLOTS = 6  # items of one document, at most: two of each level
+PASSAGES = 4  # of one document, at most
+FEWEST = 8  # places of a kind that a document must have to choose from
 
 
 @dataclass(frozen=True)
@@ -35,49 +40,64 @@ class Item:
     options: tuple[tuple[int, ...], ...]
 
 
-def build_items(documents: Sequence[Sequence[int]], seed: int, limit: int | None = None) -> list[Item]:
+SPAN = max(level.context + level.continuation for level in LEVELS)
+
+
+def build_items(
+    documents: Sequence[Sequence[int]],
+    cuts: Mapping[str, frozenset[int] | None],
+    seed: int,
+    limit: int | None = None,
+) -> list[Item]:
     """Draw items from token ids of documents; passages of one document never overlap.
 
-    The three false continuations come from elsewhere in the same document: from other documents even a poor model
-    tells them apart by topic. Levels take turns, so that each gets a third of the items.
+    The false continuations begin at the same kind of place elsewhere in the same document: from other documents even a
+    poor model tells them apart by topic. Levels take turns, so that each gets about a third of the items.
 
     Args:
+        cuts: for each kind of cut the ids of tokens that a continuation may begin with; None: any.
         limit: at most so many items, spread evenly over documents; None: all.
 
     Raises:
         UserError: no document is long enough.
     """
-    span = max(level.context + level.continuation for level in LEVELS)
     generator = np.random.default_rng(seed)
     items = []
     for number, ids in enumerate(documents):
-        slots = min(len(ids) // span, SLOTS)
-        if len(ids) < 4 * span:
-            continue
-        starts = generator.permutation(len(ids) // span)[:slots] * span
-        for turn, start in enumerate(starts):
-            items.append(_draw(ids, int(start), number, (number + turn) % len(LEVELS), generator))
+        inside = range(SPAN, len(ids) - SPAN)  # the start of a document is its licence, the same in many
+        taken: list[int] = []
+        for turn in range(PASSAGES):
+            level = (number + turn) % len(LEVELS)
+            allowed = cuts[LEVELS[level].cut]
+            places = [at for at in inside if allowed is None or ids[at] in allowed]
+            item = _draw(ids, places, taken, number, level, generator) if len(places) >= FEWEST else None
+            items += [item] if item else []
     if not items:
-        raise UserError(f"evaluation.text: no document holds the {4 * span} tokens that an item needs")
+        raise UserError(f"evaluation.text: no document is longer than the {2 * SPAN + FEWEST} tokens that items need")
     if limit is not None and limit < len(items):
         items = [items[i] for i in np.linspace(0, len(items) - 1, limit).round().astype(int)]
     return items
 
 
-def _draw(ids: Sequence[int], start: int, document: int, level: int, generator: np.random.Generator) -> Item:
+def _draw(
+    ids: Sequence[int], places: list[int], taken: list[int], document: int, level: int, generator: np.random.Generator
+) -> Item | None:
+    """One item at a random place that keeps its distance from those `taken`, or None if the document has no room."""
     context, length = LEVELS[level].context, LEVELS[level].continuation
-    split = start + context
-    true = tuple(ids[split : split + length])
-    options = [true]
-    while len(options) < CHOICES:
-        at = int(generator.integers(0, len(ids) - length))
+    order = generator.permutation(places)
+    split = next((int(at) for at in order if all(abs(at - other) >= SPAN for other in taken)), None)
+    if split is None:
+        return None
+    options = [tuple(ids[split : split + length])]
+    for at in order:
         other = tuple(ids[at : at + length])
-        # A passage that touches the question, or says the same, would make two answers right.
-        if (at + length <= start or at >= split + length) and other not in options:
+        # What touches the passage, or says the same, would make two answers right.
+        if (at + length <= split - context or at >= split + length) and other not in options:
             options.append(other)
-        elif generator.random() < 0.01:  # a document that repeats itself: take a neighbour of the true text
-            options.append(tuple(np.roll(true, len(options)).tolist()))
-    return Item(document, level, tuple(ids[start:split]), tuple(options))
+        if len(options) == CHOICES:
+            taken.append(split)
+            return Item(document, level, tuple(ids[split - context : split]), tuple(options))
+    return None
 
 
 def cut_windows(documents: Sequence[Sequence[int]], length: int, per_document: int = 2) -> list[tuple[int, list[int]]]:

@@ -1,6 +1,5 @@
 """Latency at true shapes: all formats of one layer interleaved in one process, then the head, then arithmetic."""
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,17 +8,16 @@ import torch
 from qlib.errors import UserError
 from qlib.evaluate import parts
 from qlib.evaluate.fastest import PlainLinear, fastest_form
-from qlib.evaluate.footprint import grid_of, shape_footprint
+from qlib.evaluate.footprint import grid_of
 from qlib.evaluate.roofline import ReadProbe, copies_needed, last_level_cache
 from qlib.evaluate.timing import exclusive, load_average, median_interval, time_rounds
+from qlib.evaluate.whole_model import BASELINE, PHASES, Rounds, model_figures, model_floor
 from qlib.models.shapes import Shape, find_shape
-from qlib.record import Measurement
 
-__all__ = ["time_formats", "BASELINE"]
+__all__ = ["time_formats"]
 
-BASELINE = "bf16"
 PROBE = "read bandwidth"
-PHASES = ("decode", "prefill")
+READING = "sum of a buffer larger than the cache, in the decode rounds"
 
 
 def time_formats(
@@ -45,8 +43,8 @@ def time_formats(
         formats: format -> measurements of the whole model (layers x layer + head).
         layer, head: the rounds behind them in ms, warm-up, copies, and kernels by linear.
         baseline: which bf16 forms were compared, in which time, and which was chosen.
-        floor: format -> least time of a decode step at the bandwidth measured in the same rounds, and the speed-up over a
-            bf16 kernel that runs at that floor.
+        floor: format -> least time of a decode step at the bandwidth measured in the same rounds, and the speed-up
+            over a bf16 kernel that would run at its own floor.
         bandwidth: gigabytes per second. conditions: one line.
 
     Raises:
@@ -62,31 +60,43 @@ def time_formats(
             [grid.groups(columns) for _, columns in shape.linears.values()]
     load, tokens = load_average(), {"decode": (1, context_tokens), "prefill": (prompt_tokens, 0)}
     with exclusive(), torch.inference_mode():
-        layer, bandwidth = _time_layer(shape, formats, tokens, rounds, seed, where)
+        layer = _time_layer(shape, formats, tokens, rounds, seed, where)
         head = _time_head(shape, rounds, seed, where)
     conditions = (
-        f"{shape.name}, {shape.layers} x one layer + head, random weights; {_device_words(where)}; bf16 activations, batch 1, "
-        f"prompt {prompt_tokens}, context {context_tokens}, new tokens {new_tokens}; load average before {load:.1f}"
+        f"{shape.name}, {shape.layers} x one layer + head, random weights; {_device_words(where)}; bf16 activations, "
+        f"batch 1, prompt {prompt_tokens}, context {context_tokens}, new tokens {new_tokens}; "
+        f"load average before {load:.1f}"
     )
-    times = {format: _model_times(shape, layer, head, format) for format in formats}
-    figures, floors = {}, {}
-    for format in formats:
-        floors[format] = _floor(shape, format, context_tokens, layer, head, times)
-        latency = _measurements(format, times, floors[format], new_tokens, conditions, seed)
-        figures[format] = shape_footprint(shape, format) | latency | _packing(shape, layer["packing_seconds"].get(format))
+    counted = Rounds(
+        {phase: layer[phase]["timed"].rounds for phase in PHASES},
+        head["timed"].rounds["head"],
+        layer["bandwidth"],
+        head["bandwidth"],
+        layer["packing_seconds"],
+    )
+    value, low, high = median_interval(layer["bandwidth"], seed)
     return {
-        "formats": figures,
+        "formats": {
+            format: model_figures(shape, counted, format, context_tokens, new_tokens, conditions, seed)
+            for format in formats
+        },
         "layer": _plain(layer),
         "head": _plain(head),
         "baseline": layer["baseline"],
-        "floor": {format: floor[1] for format, floor in floors.items()},
-        "bandwidth": bandwidth,
+        "floor": {format: model_floor(shape, counted, format, context_tokens) for format in formats},
+        "bandwidth": {"value": value, "low": low, "high": high, "n": rounds, "unit": "GB/s", "method": READING},
         "conditions": conditions,
     }
 
 
-def _time_layer(shape: Shape, formats: list[str], tokens: dict, rounds: int, seed: int, device: torch.device):
-    """Rounds of one layer in every format and phase, and the bandwidth read in the decode rounds."""
+def _time_layer(
+    shape: Shape, formats: list[str], tokens: dict[str, tuple[int, int]], rounds: int, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """Rounds of one layer in every format and phase, and the bandwidth read in the decode rounds.
+
+    Args:
+        tokens: phase -> new tokens and tokens cached before them.
+    """
     generator = torch.Generator().manual_seed(seed)
     sample = parts.random_tensor(shape.linears["mlp.gate_proj"], device, generator)
     forms, compared = {}, {}
@@ -115,9 +125,7 @@ def _time_layer(shape: Shape, formats: list[str], tokens: dict, rounds: int, see
         if phase == "decode":
             result["bandwidth"] = probe.gigabytes_per_second(timed.rounds[PROBE])
         del works, calls, probe
-    value, low, high = median_interval(result["bandwidth"], seed)
-    method = "sum of a buffer larger than the cache, in the decode rounds"
-    return result, {"value": value, "low": low, "high": high, "n": rounds, "unit": "GB/s", "method": method}
+    return result
 
 
 def _time_head(shape: Shape, rounds: int, seed: int, device: torch.device) -> dict[str, Any]:
@@ -141,56 +149,6 @@ def _time_head(shape: Shape, rounds: int, seed: int, device: torch.device) -> di
         "kernel": form.name,
         "compared": compared,
     }
-
-
-def _model_times(shape: Shape, layer: dict, head: dict, format: str) -> dict[str, np.ndarray]:
-    """Milliseconds of the whole model in every round, by phase. A prefill computes the logits of its last token only."""
-    rest = head["timed"].rounds["head"]
-    return {phase: shape.layers * layer[phase]["timed"].rounds[format] + rest for phase in PHASES}
-
-
-def _floor(shape: Shape, format: str, context: int, layer: dict, head: dict, times: dict) -> tuple[np.ndarray, dict]:
-    """Least milliseconds of a decode step, by round, and what the record tells of it."""
-
-    def least(name: str) -> np.ndarray:
-        weights = shape.layers * parts.layer_bytes(shape, name, context + 1)
-        return (weights / layer["bandwidth"] + parts.head_bytes(shape) / head["bandwidth"]) / 1e6
-
-    floor = least(format)
-    return floor, {
-        "decode_ms": float(np.median(floor)),
-        "speedup_over_bf16_floor": float(np.median(least(BASELINE) / times[format]["decode"])),
-    }
-
-
-def _measurements(format: str, times: dict, floor: tuple, new_tokens: int, conditions: str, seed: int) -> dict[str, dict]:
-    """The ``latency.*`` measurements of a format."""
-    own, base = times[format], times[BASELINE]
-    request, base_request = (t["prefill"] + new_tokens * t["decode"] for t in (own, base))
-    absolute, paired = "median of interleaved rounds, bootstrap interval", "median of ratios paired by round, bootstrap interval"
-    over_floor = f"{floor[1]['speedup_over_bf16_floor']:.2f} x against a bf16 kernel at the bandwidth measured"
-    rows = [
-        ("latency.prefill_ms", own["prefill"], "ms", absolute, ""),
-        ("latency.decode_ms", own["decode"], "ms", absolute, ""),
-        ("latency.request_ms", request, "ms", f"prefill + {new_tokens} x decode; {absolute}", ""),
-        ("latency.prefill_speedup", base["prefill"] / own["prefill"], "ratio", paired, ""),
-        ("latency.decode_speedup", base["decode"] / own["decode"], "ratio", paired, over_floor),
-        ("latency.request_speedup", base_request / request, "ratio", paired, ""),
-        ("latency.roofline_fraction", floor[0] / own["decode"], "fraction", "bytes that must be read / bandwidth / time", ""),
-    ]
-    found = {}
-    for name, values, unit, method, note in rows:
-        value, low, high = median_interval(values, seed)
-        words = f"{note}; {conditions}" if note else conditions
-        found[name] = asdict(Measurement(value, unit, len(values), low, high, method, words))
-    return found
-
-
-def _packing(shape: Shape, seconds: float | None) -> dict[str, dict]:
-    if seconds is None:
-        return {}
-    method = f"{shape.layers} x one layer, timed once: round to nearest and pack"
-    return {"compress.seconds": asdict(Measurement(shape.layers * seconds, "seconds", 1, method=method, conditions=shape.name))}
 
 
 def _device_words(device: torch.device) -> str:

@@ -7,13 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from qlib.evaluate.footprint import BF16, grid_of
 from qlib.evaluate.fastest import PlainLinear
+from qlib.evaluate.footprint import BF16, grid_of
 from qlib.layers import PackedLinear, pack, resident_bytes
 from qlib.models.shapes import Shape, layer_config
 from qlib.quantize.grid import CompressedWeight, Grid, fit_grid, round_to_grid
 
-__all__ = ["Workload", "random_tensor", "build_layer", "build_head", "layer_calls", "layer_bytes", "head_bytes", "kernels"]
+__all__ = [
+    "Workload", "random_tensor", "build_layer", "build_head", "layer_calls", "layer_bytes", "head_bytes", "kernels",
+]  # fmt: skip
 
 #: Random numbers that are really drawn; larger tensors repeat them, since no timing depends on values.
 DRAWN = 2**20
@@ -25,7 +27,9 @@ HEAD_SLICE = 2**27
 class Workload:
     """Tokens and keys and values that a layer works on: `tokens` new ones that follow on `context` cached ones."""
 
-    def __init__(self, shape: Shape, tokens: int, context: int, device: torch.device, generator: torch.Generator) -> None:
+    def __init__(
+        self, shape: Shape, tokens: int, context: int, device: torch.device, generator: torch.Generator
+    ) -> None:
         from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
         self.x = random_tensor((1, tokens, shape.hidden), device, generator, scale=1.0)
@@ -44,7 +48,9 @@ class Workload:
         return layer(self.x, past_key_values=self, position_embeddings=self.rotary)
 
 
-def random_tensor(size: tuple[int, ...], device: torch.device, generator: torch.Generator, scale: float = 0.02) -> torch.Tensor:
+def random_tensor(
+    size: tuple[int, ...], device: torch.device, generator: torch.Generator, scale: float = 0.02
+) -> torch.Tensor:
     """Normal bf16 numbers from a generator of one's own; the global one is left alone."""
     count = torch.Size(size).numel()
     drawn = torch.empty(min(count, DRAWN)).normal_(0, scale, generator=generator).bfloat16().to(device)
@@ -89,7 +95,8 @@ def _round(weight: torch.Tensor, grid: Grid) -> CompressedWeight:
     """Round to nearest, some output channels at a time: they do not depend on each other, and memory stays small."""
     step = max(1, SLICE // weight.shape[1])
     parts = [round_to_grid(part, grid, *fit_grid(part, grid)) for part in weight.split(step)]
-    return CompressedWeight(grid, *(torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros")))
+    columns = zip(*((part.codes, part.scales, part.zeros) for part in parts))
+    return CompressedWeight(grid, *map(torch.cat, columns))
 
 
 class _Head(nn.Module):

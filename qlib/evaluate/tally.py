@@ -13,6 +13,7 @@ __all__ = ["Tally", "measured", "HEADLINE"]
 
 HEADLINE = 0.85  # the headline level is the hardest at which the baseline answers more than this share
 BOOTSTRAP = "bootstrap over documents"
+CUT = {"line": "cut at a line's end", "any": "cut anywhere", "word": "cut inside a word"}
 
 
 def measured(triple: tuple[float, float, float], unit: str, n: int, method: str, conditions: str = "") -> Measurement:
@@ -56,7 +57,7 @@ class Tally:
                 "percent",
                 n,
                 f"true continuation among four, likelihood relative to the unconditional one; {BOOTSTRAP}",
-                f"level {level.name}: {level.continuation} tokens behind {level.context}; chance 25 %",
+                f"level {level.name}: {level.continuation} tokens behind {level.context}, {CUT[level.cut]}; chance 25 %",
             ),
             "quality.perplexity": measured(
                 perplexity, "perplexity", count, f"exp of the mean negative log-likelihood per token; {BOOTSTRAP}"
@@ -85,7 +86,7 @@ class Tally:
             if (self.level == index).any():
                 (value, low, high), n = self._accuracy(index)
                 figures = {"value": value, "low": low, "high": high, "n": n}
-                rows.append({"level": level.name, "context": level.context, "continuation": level.continuation} | figures)
+                rows.append({"level": level.name, "cut": CUT[level.cut], "context": level.context, "continuation": level.continuation} | figures)
         return rows
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -81,7 +81,9 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def median_interval(values: np.ndarray, seed: int = 0, times: int = 2000, level: float = 0.95) -> tuple[float, float, float]:
+def median_interval(
+    values: np.ndarray, seed: int = 0, times: int = 2000, level: float = 0.95
+) -> tuple[float, float, float]:
     """Median of rounds and its bootstrap interval: value, low, high."""
     draws = np.random.default_rng(seed).integers(len(values), size=(times, len(values)))
     low, high = np.quantile(np.median(values[draws], axis=1), [(1 - level) / 2, (1 + level) / 2])

@@ -6,8 +6,8 @@ from typing import Any, Sequence
 import numpy as np
 
 from qlib.data.source import hash_documents, read_documents
-from qlib.data.tokenizer import encode, start_token
-from qlib.evaluate.baseline import answer, baseline_answers, divergence, weights_hash
+from qlib.data.tokenizer import encode, cut_places, start_token
+from qlib.evaluate.baseline import Shown, answer, baseline_answers, divergence, weights_hash
 from qlib.evaluate.items import LEVELS, build_items, cut_windows
 from qlib.evaluate.statistics import ratio_interval, resample
 from qlib.evaluate.tally import BOOTSTRAP, Tally, measured
@@ -49,7 +49,7 @@ def evaluate(subject: Subject, evaluation: Any, against: str | None = "baseline"
         documents = documents[: evaluation.documents]
     ids = encode(subject.tokenizer, [document.text for document in documents])
     start = start_token(subject.tokenizer)
-    items = build_items(ids, seed, evaluation.items)
+    items = build_items(ids, cut_places(subject.tokenizer), seed, evaluation.items)
     windows = cut_windows(ids, evaluation.length)
     texts, shown = [window for _, window in windows], _shown(windows)
     data, weights = hash_documents(evaluation.text, documents), weights_hash(subject.source.folder)
@@ -88,7 +88,7 @@ def _bytes(tokenizer: Any, texts: Sequence[list[int]]) -> int:
     return sum(len(text.encode("utf-8")) for text in tokenizer.batch_decode(texts, clean_up_tokenization_spaces=False))
 
 
-def _divergence(subject: Subject, shown, reference: np.ndarray, start: int, draws: np.ndarray) -> dict[str, Measurement]:
+def _divergence(subject: Subject, shown, reference: Shown, start: int, draws: np.ndarray) -> dict[str, Measurement]:
     kl, agree = divergence(subject, [window for _, window in shown], reference, start)
     owner = np.concatenate([np.full(len(window), number) for number, window in shown])
     documents = draws.shape[1]

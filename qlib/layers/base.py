@@ -9,7 +9,7 @@ from qlib.quantize.grid import CompressedWeight, Grid
 __all__ = ["PackedLinear", "hold_bits", "SCRATCH_BYTES"]
 
 #: What a layer may use for weights it has dequantized at one time; they are never kept.
-SCRATCH_BYTES = 8 * 2**20
+SCRATCH_BYTES = 4 * 2**20
 
 
 class PackedLinear(nn.Module):

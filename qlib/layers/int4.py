@@ -20,9 +20,9 @@ class Int4Linear(PackedLinear):
     """int4 with groups of 32, 64 or 128.
 
     The kernels compute a weight as (code - 8) * scale + zero, scale and zero in bf16, so a zero code becomes
-    (8 - zero code) * scale. Rounding that to bf16 moves a weight by at most 1/64 of a step, and the zero code can be read
-    back from it. The two kernels want the codes in different orders, known to the kernels alone; they are re-packed
-    when the layer moves between CPU and CUDA.
+    (8 - zero code) * scale. Rounding that to bf16 moves a weight by at most 1/64 of a step, and the zero code can be
+    read back from it. The two kernels want the codes in different orders; they are re-packed when the layer moves
+    between CPU and CUDA.
     """
 
     #: Measured on a CPU: from about 48 rows on, dequantizing to bf16 and multiplying is faster than the int4 kernel.
@@ -47,12 +47,12 @@ class Int4Linear(PackedLinear):
 
     def compressed(self) -> CompressedWeight:
         scales, zeros = self._scales_and_zeros().unbind(-1)
-        codes = self._codes()
-        return CompressedWeight(self.grid, codes, scales.t().contiguous(), self._zero_codes(scales, zeros).t().contiguous())
+        zero_codes = self._zero_codes(scales, zeros).t().contiguous()
+        return CompressedWeight(self.grid, self._codes(), scales.t().contiguous(), zero_codes)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         out = _kernel_of(x)(x.contiguous(), self.packed, self.grid.group_size, self._scales_and_zeros())
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out.add_(self.bias)
 
     def expand_multiply(self, x: torch.Tensor) -> torch.Tensor:
         scales, zeros = self._scales_and_zeros().unbind(-1)
@@ -60,8 +60,7 @@ class Int4Linear(PackedLinear):
         return int4_blocks.expand_multiply(x, self.packed, scales, zero_codes, self.bias)
 
     def runs_packed(self, rows: int) -> bool:
-        readable = self.packed.device.type == "cpu" and int4_blocks.block_rows() is not None
-        return super().runs_packed(rows) or not readable
+        return super().runs_packed(rows) or self.packed.device.type != "cpu" or int4_blocks.block_rows() is None
 
     def kernel(self, rows: int) -> str:
         if not self.runs_packed(rows):

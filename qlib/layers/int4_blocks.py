@@ -67,12 +67,14 @@ def expand_multiply(
     (out_features, half), full = packed.shape, len(packed) // size * size
     out = x.new_empty(len(x), out_features)
     count = max(2, SCRATCH_BYTES // (4 * half * size))  # blocks at a time
+    scratch = _Scratch(2 * half, min(count * size, full) // 2, len(x))
     for start in range(0, full, count * size):
         part = slice(start, min(start + count * size, full))
-        weight = _expand(packed[part].view(-1, 2 * half, size // 2), scales[:, part], zeros[:, part])
+        weight = _expand(packed[part].view(-1, 2 * half, size // 2), scales[:, part], zeros[:, part], scratch)
         ordered = out[:, part].unflatten(1, (-1, 2, size // 2))  # [rows, blocks, low or high, bytes]
         for index in (0, 1):
-            ordered[:, :, index] = (x @ weight[index]).view(len(x), -1, size // 2)
+            product = torch.mm(x, weight[index], out=scratch.product[:, : weight.shape[2]])
+            ordered[:, :, index] = product.unflatten(1, (-1, size // 2))
     if full < out_features:
         codes = unpack(packed[full:], size).view(out_features - full, len(scales), -1)
         steps = codes.bfloat16() - zeros[:, full:].t().bfloat16()[..., None]
@@ -80,16 +82,29 @@ def expand_multiply(
     return out if bias is None else out.add_(bias)
 
 
-def _expand(blocks: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+class _Scratch:
+    """Memory for `width` bytes of every input channel, which is two output channels each; used over and over."""
+
+    def __init__(self, in_features: int, width: int, rows: int) -> None:
+        self.bytes = torch.empty(in_features, width, dtype=torch.uint8)
+        self.codes = torch.empty(2, in_features, width, dtype=torch.uint8)
+        self.weight = torch.empty(2, in_features, width, dtype=torch.bfloat16)
+        self.product = torch.empty(rows, width, dtype=torch.bfloat16)
+
+
+def _expand(blocks: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
     """Codes of some blocks `[blocks, in, bytes]` to bf16 weights `[low or high, in, blocks * bytes]`."""
     count, in_features, width = blocks.shape
-    rows = blocks.transpose(0, 1).reshape(in_features, -1)  # [in, blocks * bytes]
-    codes = torch.empty(2, *rows.shape, dtype=torch.uint8)
+    both = slice(0, count * width)
+    rows, codes, weight = scratch.bytes[:, both], scratch.codes[..., both], scratch.weight[..., both]
+    rows.unflatten(1, (count, width)).copy_(blocks.transpose(0, 1))  # [in, blocks * bytes]
     torch.bitwise_and(rows, 15, out=codes[0])
     torch.bitwise_right_shift(rows, 4, out=codes[1])
     scales, zeros = (
-        t.view(len(t), count, 2, width).permute(2, 0, 1, 3).reshape(2, len(t), 1, -1)
-        for t in (scales.contiguous(), zeros.contiguous().view(torch.int8))
+        tensor.unflatten(1, (count, 2, width)).permute(2, 0, 1, 3).reshape(2, len(tensor), 1, -1)
+        for tensor in (scales, zeros.view(torch.int8))
     )  # [low or high, groups, 1, blocks * bytes]
-    steps = codes.view(torch.int8).view(2, scales.shape[1], -1, rows.shape[1]).sub_(zeros)  # code - zero, exact
-    return steps.bfloat16().mul_(scales).view(2, in_features, -1)
+    grouped = (2, scales.shape[1], in_features // scales.shape[1], count * width)
+    steps = codes.view(torch.int8).view(grouped).sub_(zeros)  # code - zero: exact, in bf16 too
+    weight.view(grouped).copy_(steps).mul_(scales)
+    return weight

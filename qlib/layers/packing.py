@@ -15,8 +15,8 @@ __all__ = ["pack", "packed_layers", "layer_class", "resident_bytes"]
 def layer_class(grid: Grid, out_features: int, in_features: int) -> type[PackedLinear]:
     """The layer for weights of this grid and shape.
 
-    A kernel where there is one: int8 with one scale per output channel; int4 in groups of 32, 64 or 128 with output channels
-    in multiples of 16. Everything else keeps its codes at their true size and is dequantized for every call.
+    A kernel where there is one: int8 with one scale per output channel; int4 in groups of 32, 64 or 128 with output
+    channels in multiples of 16. Everything else keeps its codes at their true size, dequantized for every call.
     """
     if grid.bits == 8 and grid.groups(in_features) == 1:
         return Int8Linear

@@ -55,8 +55,8 @@ def to_tensors(compressed: CompressedWeight) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of a weight.
 
     Returns:
-        codes: uint8 `[out, in * bits / 8]`. scales: bf16 `[out, groups]`. zeros, unless the grid is symmetric: uint8, all
-        `out * groups` of them as one stream.
+        codes: uint8 `[out, in * bits / 8]`. scales: bf16 `[out, groups]`. zeros, unless the grid is symmetric: uint8,
+        all `out * groups` of them as one stream.
     """
     bits = compressed.grid.bits
     tensors = {"codes": pack_bits(compressed.codes, bits), "scales": compressed.scales.contiguous()}

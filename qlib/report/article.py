@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from qlib.report import numbers
 from qlib.report.book import SPEED_MODEL, Book, Entry
 from qlib.report.html import Cell, Column, Table
-from qlib.report.measures import family_label
 
 __all__ = ["CLAIMS", "QWEN_MMLU", "Claim", "article_table", "chosen", "small_speed_model"]
 

@@ -10,7 +10,7 @@ from qlib.errors import UserError, nearest
 from qlib.paths import slug
 from qlib.report.html import slug as html_slug
 from qlib.report.measures import FAMILIES
-from qlib.report.numbers import keeps, number
+from qlib.report.numbers import ABSENT, keeps, number
 
 __all__ = ["Entry", "Book", "collect", "sources", "SPEED_MODEL", "FAILED"]
 
@@ -43,6 +43,10 @@ class Entry:
     def title(self) -> str:
         titles = self.record.get("title") or self.params.get("title")
         return str((titles or {}).get("en") or self.name) if isinstance(titles, dict) else str(titles or self.name)
+
+    @property
+    def tier(self) -> str:
+        return str(self.record.get("tier") or self.params.get("tier") or "core")
 
     @property
     def failed(self) -> bool:
@@ -85,14 +89,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Book:
-    """All entries in order. `strategies` are the rows of the report, `speed` the records of true shapes."""
+    """All entries in order. `strategies` are the rows of the report, `speed` the records of true shapes.
+
+    Quick checks (tier smoke) are rows only where a model has no others: their figures mean nothing.
+    """
 
     entries: tuple[Entry, ...]
     known: frozenset[str] = frozenset()
 
     @cached_property
     def strategies(self) -> tuple[Entry, ...]:
-        return tuple(e for e in self.entries if e.family not in APART)
+        rows = [e for e in self.entries if e.family not in APART]
+        real = {e.model for e in rows if e.tier != "smoke"}
+        return tuple(e for e in rows if e.tier != "smoke" or e.model not in real)
 
     @cached_property
     def speed(self) -> dict[str, dict[str, Entry]]:
@@ -119,14 +128,18 @@ class Book:
         return [e for e in self.strategies if e.model == model and family in (None, e.family)]
 
     def baseline(self, like: Entry) -> Entry | None:
-        """The baseline that `like` is compared with: same model, same device where there is one."""
+        """The baseline that `like` is compared with: same model, and same protocol and device where there is one."""
         found = [e for e in self.strategies if e.family == "baseline" and e.model == like.model and e.measurements]
-        return next((e for e in found if e.device == like.device), next(iter(found), None))
+        protocol = like.record.get("protocol")
+        found.sort(key=lambda e: (e.record.get("protocol") != protocol, e.device != like.device))
+        return next(iter(found), None)
 
     def gate(self, entry: Entry) -> str:
         """``yes``, ``no`` or ``not resolved``: does the strategy keep 99 % of the baseline's accuracy?"""
-        baseline = self.baseline(entry)
-        return keeps(entry.measure("quality.accuracy_delta"), baseline and baseline.measure("quality.accuracy"))
+        accuracy, delta = (entry.measure(f"quality.{name}") for name in ("accuracy", "accuracy_delta"))
+        if number(accuracy) is None or number(delta) is None:
+            return ABSENT
+        return keeps(delta, {"value": number(accuracy) - number(delta)})  # of the baseline, on the very same items
 
     def shape(self, entry: Entry, model: str = SPEED_MODEL, device: str | None = None) -> dict[str, dict]:
         """The measurements of the entry's number format at a true shape; empty where none apply."""

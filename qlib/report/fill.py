@@ -58,6 +58,8 @@ def entry_words(entry: Entry | None) -> Callable[[str], str]:
     def resolve(name: str) -> str:
         if name in ABOUT:
             return _about(entry, name)
+        if entry and entry.family == "speed":
+            return _speed(entry, name)
         return _measurement(entry.measurements if entry else {}, name)
 
     return resolve

@@ -10,11 +10,14 @@ __all__ = [
     "pareto_frame",
     "delta_frame",
     "level_frame",
+    "levels_frame",
     "speed_frame",
+    "formats_frame",
     "layer_frame",
     "curve_frame",
     "pareto_alt",
     "delta_alt",
+    "layer_alt",
     "level_alt",
     "speed_alt",
 ]
@@ -68,30 +71,34 @@ def delta_frame(book: Book, model: str | None = None):
 
 def level_frame(book: Book, model: str | None = None):
     """strategy, family, level, accuracy with interval: from ``details.levels`` of the records."""
+    import pandas
+
+    frames = [levels_frame((e.record.get("details") or {}).get("levels") or [], e) for e in book.of(model)]
+    frames = [frame for frame in frames if len(frame)]
+    return pandas.concat(frames, ignore_index=True) if frames else levels_frame([], None)
+
+
+def levels_frame(levels: list[dict], strategy: Any):
+    """The same of one strategy, anything with a name and a family, from its list of ``{level, value, low, high}``."""
     rows = []
-    for entry in book.of(model):
-        for level, measurement in _levels(entry.record.get("details") or {}):
-            row = {"strategy": entry.name, "family": entry.family, "level": level}
-            rows.append(row | _spread("accuracy", measurement))
+    for level in levels:
+        row = {"strategy": strategy.name, "family": strategy.family, "level": str(level.get("level"))}
+        rows.append(row | _spread("accuracy", level))
     frame = _frame(rows, ["strategy", "family", "level", *_columns("accuracy")])
     return frame.dropna(subset=["accuracy"]).reset_index(drop=True)
-
-
-def _levels(details: dict) -> list[tuple[str, dict]]:
-    """Level and measurement, whether the record holds a mapping or a list of ``{level, value, low, high}``."""
-    levels = details.get("levels") or {}
-    pairs: list[tuple[Any, Any]] = (
-        list(levels.items()) if isinstance(levels, dict) else [(x.get("level", x.get("name")), x) for x in levels]
-    )
-    return [(str(level), m if isinstance(m, dict) else {"value": m}) for level, m in pairs]
 
 
 def speed_frame(book: Book, model: str = SPEED_MODEL, device: str | None = None):
     """format, decode and prefill time with intervals (ms), and the decode step's roofline floor (ms)."""
     records = book.speed.get(model, {})
     entry = records.get(device or next(iter(records), ""))
+    return formats_frame(entry.record["formats"] if entry else {})
+
+
+def formats_frame(formats: dict[str, dict[str, dict]]):
+    """The same from a speed record's ``formats``."""
     rows = []
-    for name, measures in (entry.record["formats"] if entry else {}).items():
+    for name, measures in formats.items():
         row: dict[str, Any] = {"format": name, "floor": number(floor(measures))}
         for key in ("decode", "prefill"):
             row |= _spread(key, measures.get(f"latency.{key}_ms"))
@@ -146,10 +153,25 @@ def delta_alt(frame) -> str:
     )
 
 
+def layer_alt(frame) -> str:
+    """The finding of the layer errors in words."""
+    if frame.empty:
+        return "No layer errors were recorded."
+    worst, best = frame.loc[frame["error"].idxmax()], frame.loc[frame["error"].idxmin()]
+    means = frame.groupby("linear", sort=False)["error"].mean()
+    return (
+        f"The error is largest in {worst['linear']} of block {worst['block']} with {worst['error']:.3g} and smallest "
+        f"in {best['linear']} of block {best['block']} with {best['error']:.3g}; on average {means.idxmax()} suffers most."
+    )
+
+
 def level_alt(frame) -> str:
     """The finding of the levels in words: where the spread between strategies is largest."""
     if frame.empty:
         return "No levels were recorded."
+    if frame["strategy"].nunique() == 1:
+        levels = ", ".join(f"{row['accuracy']:.3g} at {row['level']}" for _, row in frame.iterrows())
+        return f"Accuracy of {frame['strategy'].iloc[0]} in percent by level: {levels}; chance is 25."
     spread = frame.groupby("level", sort=False)["accuracy"].agg(["min", "max"])
     widest = (spread["max"] - spread["min"]).idxmax()
     low, high = spread.loc[widest]

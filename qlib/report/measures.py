@@ -17,6 +17,7 @@ MEASURES = {
     "quality.accuracy": Measure("Accuracy", "higher"),
     "quality.accuracy_delta": Measure("Accuracy change", "higher"),
     "quality.perplexity": Measure("Perplexity", "lower"),
+    "quality.perplexity_ratio": Measure("Perplexity ratio", "lower"),
     "quality.bits_per_byte": Measure("Bits per byte", "lower"),
     "quality.kl": Measure("KL divergence", "lower"),
     "quality.kl_p99": Measure("KL divergence, worst 1 %", "lower"),

@@ -10,7 +10,7 @@ from qlib.errors import UserError
 from qlib.report import numbers
 from qlib.report.html import Cell, Column, Table, slug
 from qlib.report.measures import label
-from qlib.report.theme import style, themed
+from qlib.report.theme import themed
 
 __all__ = ["show", "show_table", "summary", "svg", "figure_html", "data_table"]
 

@@ -17,6 +17,7 @@ COMPARED = (
     ("Quality", "Accuracy change, paired", "quality.accuracy_delta"),
     ("Quality", "Keeps 99 %", ""),
     ("Quality", "Perplexity", "quality.perplexity"),
+    ("Quality", "Perplexity ratio, paired", "quality.perplexity_ratio"),
     ("Quality", "Bits per byte", "quality.bits_per_byte"),
     ("Quality", "KL divergence", "quality.kl"),
     ("Quality", "Top-1 agreement", "quality.top1_agreement"),
@@ -76,7 +77,8 @@ def _look_up(book: Book, entry: Entry, name: str, shape: str) -> dict | None:
 
 def _link(entry: Entry, book: Book) -> Cell:
     twins = [e for e in book.strategies if (e.name, e.model) == (entry.name, entry.model)]
-    return Cell(entry.name, (entry.device,) if len(twins) > 1 else (), link=f"#{book.anchor(entry)}")
+    link = f"#{book.anchor(entry)}" if entry in book.strategies else ""
+    return Cell(entry.name, (entry.device,) if len(twins) > 1 else (), link=link)
 
 
 def _grouped(entries: Sequence[Entry], rows: Sequence[list[Cell]]) -> list[list[Cell] | Group]:
@@ -133,23 +135,17 @@ def speed_table(entry: Entry) -> Table:
 
 
 def kernels(record: dict, name: str) -> str:
-    """The kernels a format ran on, from wherever the record's details tell them."""
-    details = record.get("details") or {}
-    found = (details.get("kernels") or {}).get(name)
-    for part in ("layer", "head"):
-        raw = (details.get(part) or {}).get(name)
-        if not found and isinstance(raw, dict):
-            found = raw.get("kernels") or raw.get("kernel")
-    if isinstance(found, dict):
-        return ", ".join(f"{use}: {kernel}" for use, kernel in found.items())
-    if isinstance(found, (list, tuple)):
-        return ", ".join(dict.fromkeys(map(str, found)))
-    return str(found) if found else "not recorded"
+    """The kernels a format ran on in a layer, by phase."""
+    layer = (record.get("details") or {}).get("layer") or {}
+    found = {phase: (layer.get(phase) or {}).get("kernels", {}).get(name) for phase in ("decode", "prefill")}
+    parts = [f"{phase}: {', '.join(dict.fromkeys(used.values()))}" for phase, used in found.items() if used]
+    return "; ".join(parts) or "not recorded"
 
 
 def rerun(entry: Entry) -> str:
-    """The command that runs just this strategy again."""
-    return f"qlib run params/{entry.name}.yaml"
+    """The command that runs just this strategy again. A run with changed parameters has a ``+`` in its name."""
+    name, changed, _ = entry.name.partition("+")
+    return f"qlib run params/{name}.yaml" + (" with the same -p options" if changed else "")
 
 
 def failures(book: Book) -> Table | None:

@@ -25,7 +25,7 @@ def card(name: str, config: Any, training: dict[str, Any], found: Acceptance) ->
     verdict = "accepted" if found.separated and found.in_band else "NOT accepted"
     rows = "\n".join(_row(asdict(found)["rows"][i]) for i in range(len(found.rows)))
     levels = "\n".join(
-        f"| {level['level']} | {level['context']} | {level['continuation']} | {level['n']} | "
+        f"| {level['level']}, {level['cut']} | {level['context']} | {level['continuation']} | {level['n']} | "
         f"{level['value']:.1f} % ({level['low']:.1f} to {level['high']:.1f}) |"
         for level in found.levels
     )

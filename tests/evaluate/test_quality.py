@@ -12,6 +12,9 @@ def documents(count=6, length=700, seed=0):
     return [generator.integers(1, 300, size=length + 50 * i).tolist() for i in range(count)]
 
 
+CUTS = {"line": frozenset(range(60)), "word": frozenset(range(60, 200)), "any": None}
+
+
 def logits_function(model):
     model = model.float()
     return lambda ids: model(input_ids=ids).logits
@@ -35,7 +38,7 @@ def test_windows_of_different_lengths(tiny_model):
 
 def test_options_behind_their_context_and_alone(tiny_model):
     logits_of = logits_function(tiny_model())
-    items = build_items(documents(), seed=0)[:7]
+    items = build_items(documents(), CUTS, seed=0)[:7]
     inside, alone = score_items(logits_of, items, start=0)
     for i, item in enumerate(items):
         for j, option in enumerate(item.options):
@@ -54,7 +57,7 @@ def test_log_probabilities_are_normalised_and_predict_each_token(tiny_model):
 
 def test_items_do_not_overlap_and_hold_one_true_option():
     texts = documents(12)
-    items = build_items(texts, seed=0)
+    items = build_items(texts, CUTS, seed=0)
     spans = {}
     for item in items:
         ids, level = texts[item.document], LEVELS[item.level]
@@ -63,6 +66,8 @@ def test_items_do_not_overlap_and_hold_one_true_option():
         passage = [*item.context, *item.options[0]]
         start = next(i for i in range(len(ids)) if ids[i : i + len(passage)] == passage)
         spans.setdefault(item.document, []).append((start, start + len(passage)))
+        allowed = CUTS[level.cut] or range(300)
+        assert all(option[0] in allowed for option in item.options)
         for option in item.options[1:]:  # from the same document, outside the passage
             assert any(tuple(ids[i : i + len(option)]) == option for i in range(len(ids)))
     for found in spans.values():
@@ -73,8 +78,8 @@ def test_items_do_not_overlap_and_hold_one_true_option():
 
 def test_items_follow_the_seed_and_a_limit_thins_them_evenly():
     texts = documents(12)
-    assert build_items(texts, 0) == build_items(texts, 0) != build_items(texts, 1)
-    some = build_items(texts, 0, limit=10)
+    assert build_items(texts, CUTS, 0) == build_items(texts, CUTS, 0) != build_items(texts, CUTS, 1)
+    some = build_items(texts, CUTS, 0, limit=10)
     assert len(some) == 10 and some[0].document == 0 and some[-1].document == 11
 
 

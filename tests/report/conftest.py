@@ -44,7 +44,7 @@ def quality(accuracy, delta, perplexity, megabytes, bits, family="weight_quantiz
 def record(name, family, measurements, **more):
     """A record.json as the runner writes it."""
     accuracy = measurements.get("quality.accuracy", {}).get("value")
-    levels = {str(i): number(accuracy - 4 * i, "percent", 1.1) for i in (1, 2, 3)} if accuracy else {}
+    levels = [{"level": f"l{i}"} | number(accuracy - 4 * i, "percent", 1.1) for i in (1, 2, 3)] if accuracy else []
     recipe = [] if family == "baseline" else [{"pass": "rtn", "bits": 4, "group_size": 128}]
     return {
         "format": 1,
@@ -103,12 +103,10 @@ def speed(model, device, scale=1.0):
                 "latency.request_speedup": number(236_000 / (prefill + 32 * decode), "ratio", 0.1),
                 "compress.seconds": number(350, "seconds"),
             }
-    kernels = {
-        "bf16": {"decode": "linear", "prefill": "linear"},
-        "int8": "_weight_int8pack_mm",
-        "int4-g128": ["_weight_int4pack_mm_for_cpu"],
-    }
-    more = {"model": model, "device": device, "formats": formats, "details": {"kernels": kernels}, "shape_format": None}
+    decode = {"bf16": {"q_proj": "linear"}, "int4-g128": {"q_proj": "int4pack", "up_proj": "int4pack"}}
+    layer = {"decode": {"kernels": decode}, "prefill": {"kernels": {"int4-g128": {"q_proj": "dequantize"}}}}
+    details = {"layer": layer, "floor": {"bf16": {"decode_ms": 2999.0}}}
+    more = {"model": model, "device": device, "formats": formats, "details": details, "shape_format": None}
     return record(f"speed-{model}", "speed", {}, **more)
 
 

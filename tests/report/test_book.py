@@ -48,6 +48,16 @@ def test_gate(book):
     assert gates["gptq-int4"] == "not measured"
 
 
+def test_quick_checks_are_rows_only_where_there_is_nothing_else(project, make):
+    folder = project / "reports" / "runs"
+    quick = make.record("smoke-x", "pruning", make.quality(50, -40, 90, 1, 4), tier="smoke")
+    make.write(folder / "reference-1" / "cpu" / "smoke-x", quick)
+    make.write(folder / "other" / "cpu" / "smoke-x", quick)
+    book = _collect(project)
+    assert [e.model for e in book.strategies if e.name == "smoke-x"] == ["other"]
+    assert sum(e.name == "smoke-x" for e in book.entries) == 2
+
+
 def test_unknown_and_unrun_names(book):
     assert book.get("never-run") is None
     with pytest.raises(UserError, match="did you mean 'rtn-int4'"):

@@ -20,6 +20,11 @@ def test_a_strategys_notebook(book):
     assert filled("{{ duration }}, {{ peak_memory }}, {{ parameters }}", resolve) == "1 min 23 s, 512 MB, 1,500,000"
 
 
+def test_the_speed_notebook(book):
+    resolve = entry_words(book.speed["qwen-72b"]["cpu"])
+    assert filled("{{ int4-g128.latency.decode_ms.value }} of {{ model }}", resolve) == "950 ms of qwen-72b"
+
+
 def test_the_report(book):
     resolve = book_words(book)
     assert filled("{{ rtn-int4: quality.perplexity.value }}", resolve) == "17.4"

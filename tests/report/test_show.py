@@ -89,7 +89,7 @@ def test_no_speedup_is_ever_the_best(book):
     page = tables.speed_table(book.speed["qwen-72b"]["cpu"])._repr_html_()
     assert "no measurable difference" in page
     assert "no measurable difference</strong>" not in page
-    assert "_weight_int4pack_mm_for_cpu" in page and "decode: linear" in page
+    assert "decode: int4pack; prefill: dequantize" in page and "not recorded" in page
 
 
 def test_failures_tell_how_to_run_them_again(book):
