@@ -70,7 +70,7 @@ class Evaluation:
     text: str = "reference"
     documents: int | None = field(default=None, metadata={"minimum": 1})
     length: int = field(default=256, metadata={"minimum": 2})
-    items: int | None = field(default=None, metadata={"minimum": 1})
+    items: int | None = field(default=3072, metadata={"minimum": 1})
     tasks: list[str] = field(default_factory=list)
     task_limit: int | None = field(default=None, metadata={"minimum": 1})
     bootstrap: int = field(default=1000, metadata={"minimum": 1})

@@ -52,9 +52,9 @@ def answer(subject: Subject, items: Sequence[Item], windows: Sequence[Sequence[i
 
 
 def logits_function(subject: Subject):
-    """Token ids in, logits out."""
+    """Token ids in, logits of the last `keep` positions out."""
     model = subject.model
-    return lambda ids: model(input_ids=ids.to(model.device), use_cache=False).logits
+    return lambda ids, keep: model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=keep).logits
 
 
 def weights_hash(folder: Path) -> str:

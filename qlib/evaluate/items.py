@@ -100,7 +100,7 @@ def _draw(
     return None
 
 
-def cut_windows(documents: Sequence[Sequence[int]], length: int, per_document: int = 2) -> list[tuple[int, list[int]]]:
+def cut_windows(documents: Sequence[Sequence[int]], length: int, per_document: int = 1) -> list[tuple[int, list[int]]]:
     """Windows of at most `length` tokens for perplexity, spread evenly over each document: (document, ids)."""
     windows = []
     for number, ids in enumerate(documents):

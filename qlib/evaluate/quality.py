@@ -11,8 +11,8 @@ from qlib.evaluate.items import Item
 
 __all__ = ["Logits", "score_windows", "score_items", "log_probabilities", "WindowScores"]
 
-#: Maps token ids `[rows, tokens]` to logits `[rows, tokens, vocabulary]`.
-Logits = Callable[[torch.Tensor], torch.Tensor]
+#: Maps token ids `[rows, tokens]` and a count to the logits of that many last positions `[rows, count, vocabulary]`.
+Logits = Callable[[torch.Tensor, int], torch.Tensor]
 BATCH_TOKENS = 8192
 
 
@@ -47,7 +47,7 @@ def score_windows(logits_of: Logits, windows: Sequence[Sequence[int]], start: in
     nll, tokens = np.zeros(len(windows)), np.zeros(len(windows), dtype=np.int64)
     rows = [[start, *window] for window in windows]
     for picked, ids in _padded(rows, start):
-        logits = logits_of(ids)[:, :-1].float()
+        logits = logits_of(ids, ids.shape[1])[:, :-1].float()
         scores = logits.gather(-1, ids[:, 1:, None].to(logits.device))[..., 0] - logits.logsumexp(-1)
         scores = scores.double().cpu().numpy()
         for row, index in enumerate(picked):
@@ -75,7 +75,7 @@ def _score_ends(logits_of: Logits, pairs: Sequence[tuple[Sequence[int], Sequence
         for at in range(0, len(indices), step):
             picked = indices[at : at + step]
             ids = torch.tensor([[*pairs[i][0], *pairs[i][1]] for i in picked])
-            logits = logits_of(ids)[:, head - 1 : -1].float()
+            logits = logits_of(ids, tail + 1)[:, :-1].float()
             scores = logits.gather(-1, ids[:, head:, None].to(logits.device))[..., 0] - logits.logsumexp(-1)
             sums[picked] = scores.double().sum(-1).cpu().numpy()
     return sums
@@ -86,4 +86,4 @@ def log_probabilities(logits_of: Logits, windows: Sequence[Sequence[int]], start
     """Log-probabilities `[tokens, vocabulary]` in fp32 that predict each token of each window, window by window."""
     for window in windows:
         ids = torch.tensor([[start, *window[:-1]]], dtype=torch.long)
-        yield logits_of(ids)[0].float().log_softmax(-1)
+        yield logits_of(ids, len(window))[0].float().log_softmax(-1)
