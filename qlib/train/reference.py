@@ -1,5 +1,6 @@
 """The steps of making a reference model that are not training itself: shape, random weights, saving, model card."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def describe(training: dict[str, Any], model: nn.Module, stream: np.ndarray, man
         "stream_tokens": len(stream),
         "parameters": sum(p.numel() for p in model.parameters()),
         "corpus": "Python source of " + first.lstrip("# "),
+        "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
         "machine": {name: where.get(name) for name in ("cpu", "cores", "threads", "gpu", "os", "python")},
         "packages": where.get("packages", {}),
     }
