@@ -9,7 +9,7 @@ from qlib.evaluate.timing import median_interval, time_rounds
 
 __all__ = ["FORMS", "fastest_form", "PlainLinear", "PrepackedLinear", "Float32Linear"]
 
-ROUNDS = 5
+ROUNDS = 3
 #: Weights of the linear that the forms are compared on, at most.
 PROBE_WEIGHTS = 2**25
 
@@ -78,7 +78,7 @@ def fastest_form(weight: torch.Tensor, rows: int) -> tuple[type[nn.Module], dict
         except (RuntimeError, NotImplementedError):
             continue  # no such kernel on this device
         calls[form.name] = [lambda module=module: module(x) for module in modules]
-    timed = time_rounds(calls, ROUNDS, weight.device, batches=2)
+    timed = time_rounds(calls, ROUNDS, weight.device, batches=1)
     medians = {name: median_interval(values)[0] for name, values in timed.rounds.items()}
     best = min(medians, key=medians.get)
     return next(form for form in FORMS if form.name == best), medians

@@ -1,9 +1,11 @@
 """Latency at true shapes: all formats of one layer interleaved in one process, then the head, then arithmetic."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from qlib.errors import UserError
 from qlib.evaluate import parts
@@ -106,25 +108,29 @@ def _time_layer(
     del sample
     cache = last_level_cache(device)
     result: dict[str, Any] = {"baseline": compared, "packing_seconds": {}}
-    layers: dict[str, Any] = {}
+    layers: dict[str, list[nn.Module]] = {}
     for phase in PHASES:
         for format in formats:
             if format not in layers or (format == BASELINE and forms["decode"] is not forms["prefill"]):
                 layers.pop(format, None)
-                layers[format], seconds = parts.build_layer(shape, format, forms[phase], device, generator)
+                layer, seconds = parts.build_layer(shape, format, forms[phase], device, generator)
+                layers[format] = [layer]
                 if grid_of(format):
                     result["packing_seconds"][format] = seconds
         new, context = tokens[phase]
         copies = copies_needed([parts.layer_bytes(shape, format, context + new) for format in formats], cache)
-        works = {f: [parts.Workload(shape, new, context, device, generator) for _ in range(copies)] for f in formats}
-        calls = {format: parts.layer_calls(layers[format], works[format]) for format in formats}
+        calls = {}
+        for format in formats:
+            parts.add_copies(layers[format], copies)
+            works = [parts.Workload(shape, new, context, device, generator) for _ in range(copies)]
+            calls[format] = [partial(work.run, layer) for work, layer in zip(works, layers[format])]
         probe = ReadProbe(device)
         timed = time_rounds(calls | {PROBE: [probe]}, rounds, device)
-        kernels = {format: parts.kernels(layers[format], shape, new) for format in formats}
+        kernels = {format: parts.kernels(layers[format][0], shape, new) for format in formats}
         result[phase] = {"timed": timed, "copies": copies, "kernels": kernels}
         if phase == "decode":
             result["bandwidth"] = probe.gigabytes_per_second(timed.rounds[PROBE])
-        del works, calls, probe
+        del calls, probe, works, layer
     return result
 
 
@@ -140,7 +146,7 @@ def _time_head(shape: Shape, rounds: int, seed: int, device: torch.device) -> di
     copies = copies_needed([parts.head_bytes(shape)], last_level_cache(device))
     heads = [parts.build_head(shape, form, device, generator) for _ in range(copies)]
     probe = ReadProbe(device)
-    calls = {"head": [lambda head=head: head(x) for head in heads], PROBE: [probe]}
+    calls = {"head": [partial(head, x) for head in heads], PROBE: [probe]}
     timed = time_rounds(calls, rounds, device)
     return {
         "timed": timed,

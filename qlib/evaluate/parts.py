@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,13 +13,14 @@ from qlib.models.shapes import Shape, layer_config
 from qlib.quantize.grid import CompressedWeight, Grid, fit_grid, round_to_grid
 
 __all__ = [
-    "Workload", "random_tensor", "build_layer", "build_head", "layer_calls", "layer_bytes", "head_bytes", "kernels",
+    "Workload", "random_tensor", "build_layer", "build_head", "add_copies", "layer_bytes", "head_bytes", "kernels",
 ]  # fmt: skip
 
 #: Random numbers that are really drawn; larger tensors repeat them, since no timing depends on values.
 DRAWN = 2**20
-#: Weights that are rounded to a grid, or prepacked, at a time.
-SLICE = 2**24
+#: Weights that are rounded to a grid at a time: few enough to stay in the cache.
+SLICE = 2**20
+#: Weights of the head that are held, and re-ordered, as one.
 HEAD_SLICE = 2**27
 
 
@@ -121,10 +121,9 @@ def build_head(shape: Shape, form: type[nn.Module], device: torch.device, genera
     return _Head(norm, [form(random_tensor((count, shape.hidden), device, generator)) for count in rows])
 
 
-def layer_calls(layer: nn.Module, works: list[Workload]) -> list[Callable[[], torch.Tensor]]:
-    """Calls of a layer, each on a copy of it with a workload of its own."""
-    layers = [layer, *(copy.deepcopy(layer) for _ in works[1:])]
-    return [lambda layer=one, work=work: work.run(layer) for one, work in zip(layers, works)]
+def add_copies(layers: list[nn.Module], count: int) -> None:
+    """Copy the first of `layers` until there are `count`, in place."""
+    layers += [copy.deepcopy(layers[0]) for _ in range(count - len(layers))]
 
 
 def layer_bytes(shape: Shape, format: str, context: int = 0) -> int:

@@ -25,10 +25,10 @@ def last_level_cache(device: torch.device = torch.device("cpu")) -> int:
 
 
 def copies_needed(sizes: list[int], cache: int) -> int:
-    """How many copies of each thing to cycle through, so that a round touches at least 8 times the cache.
+    """How many copies of each thing to cycle through, so that 8 times the cache is touched before one comes up again.
 
     Args:
-        sizes: bytes that each of the things timed in a round touches.
+        sizes: bytes that each of the things timed side by side touches.
     """
     copies = -(-CYCLE * cache // sum(sizes))
     return max(copies, 1 if min(sizes) >= CYCLE * cache else 2)

@@ -2,16 +2,16 @@
 
 import fcntl
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-
-from qlib.paths import cache_folder
 
 __all__ = ["Timed", "time_rounds", "exclusive", "median_interval", "load_average"]
 
@@ -19,7 +19,11 @@ Calls = Mapping[str, Sequence[Callable[[], object]]]
 
 #: Rounds of a warm-up batch, and how often it is repeated at most.
 BATCH, BATCHES = 3, 4
+#: Copies of a thing that one round uses.
+SHARE = 64
 SETTLED = 0.05
+#: One for the machine (and user), whatever cache folder a run has been given.
+LOCK = Path(tempfile.gettempdir()) / f"qlib-timing-{os.getuid()}.lock"
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ def time_rounds(calls: Calls, rounds: int, device: torch.device, batches: int = 
     """Time calls against each other in one process.
 
     Args:
-        calls: name -> callables that do the same on different copies of their data. A round runs every callable once,
-            names interleaved copy by copy in the order A B, B A, A B, ... so that drift hits all alike.
+        calls: name -> callables that do the same on different copies of their data. A round runs the next callables of
+            every name, at most `SHARE` of them, interleaved copy by copy in the order A B, B A, A B, ... so that
+            drift hits all alike. A copy comes up again only after all others have.
         rounds: number of rounds that count.
         batches: upper bound of warm-up batches. Warming up ends once the median of every name moves by less than 5 %
             from one batch of rounds to the next.
@@ -58,14 +63,15 @@ def time_rounds(calls: Calls, rounds: int, device: torch.device, batches: int = 
 
 
 def _round(calls: Calls, device: torch.device, turn: int) -> dict[str, float]:
-    """One round: name -> mean milliseconds of its copies."""
+    """One round: name -> mean milliseconds of the copies it used."""
+    counts = {name: min(SHARE, len(copies)) for name, copies in calls.items()}
     spent = dict.fromkeys(calls, 0.0)
-    for copy in range(max(map(len, calls.values()))):
-        names = list(calls) if (turn + copy) % 2 == 0 else list(calls)[::-1]
-        for name in names:
-            if copy < len(calls[name]):
-                spent[name] += _clock(calls[name][copy], device)
-    return {name: 1e3 * seconds / len(calls[name]) for name, seconds in spent.items()}
+    for step in range(max(counts.values())):
+        for name in list(calls) if (turn + step) % 2 == 0 else list(calls)[::-1]:
+            if step < counts[name]:
+                copies = calls[name]
+                spent[name] += _clock(copies[(turn * counts[name] + step) % len(copies)], device)
+    return {name: 1e3 * seconds / counts[name] for name, seconds in spent.items()}
 
 
 def _clock(call: Callable[[], object], device: torch.device) -> float:
@@ -93,7 +99,7 @@ def median_interval(
 @contextmanager
 def exclusive() -> Iterator[None]:
     """Hold the machine's timing lock, so that no two timings overlap; wait for it if need be."""
-    with open(cache_folder() / "timing.lock", "w") as file:
+    with open(LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield

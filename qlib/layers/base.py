@@ -6,10 +6,10 @@ from torch import nn
 
 from qlib.quantize.grid import CompressedWeight, Grid
 
-__all__ = ["PackedLinear", "hold_bits", "SCRATCH_BYTES"]
+__all__ = ["PackedLinear", "channels_at_once", "hold_bits", "SCRATCH_BYTES"]
 
 #: What a layer may use for weights it has dequantized at one time; they are never kept.
-SCRATCH_BYTES = 4 * 2**20
+SCRATCH_BYTES = 8 * 2**20
 
 
 class PackedLinear(nn.Module):
@@ -69,6 +69,11 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.grid.name}"
+
+
+def channels_at_once(in_features: int) -> int:
+    """Output channels whose bf16 weights fit into the scratch memory, a multiple of 64 for the sake of the matmul."""
+    return max(1, SCRATCH_BYTES // (2 * 64 * in_features)) * 64
 
 
 def hold_bits(tensor: torch.Tensor) -> torch.Tensor:

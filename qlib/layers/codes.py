@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlib.layers.base import SCRATCH_BYTES, PackedLinear, hold_bits
+from qlib.layers.base import PackedLinear, channels_at_once, hold_bits
 from qlib.layers.storage import from_tensors, stored_bytes, to_tensors, unpack_bits
 from qlib.quantize.grid import CompressedWeight, Grid
 
@@ -34,7 +34,7 @@ class CodesLinear(PackedLinear):
         else:
             zeros = unpack_bits(self.zeros[None], self.grid.bits, scales.numel()).view(scales.shape).bfloat16()
         out = x.new_empty(len(x), self.out_features)
-        step = max(16, SCRATCH_BYTES // (2 * self.in_features))
+        step = channels_at_once(self.in_features)
         for start in range(0, self.out_features, step):
             part = slice(start, start + step)
             weight = unpack_bits(self.codes[part], self.grid.bits, self.in_features).bfloat16()

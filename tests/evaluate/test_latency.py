@@ -20,7 +20,7 @@ FORMATS = ["bf16", "int8", "int4-g128", "int3-g64"]
 
 @pytest.fixture(scope="module")
 def small_machine():
-    """Pretend a small cache, keep the lock out of the user's folder."""
+    """Pretend a small cache and a tiny model."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (fastest, latency, roofline):
             patch.setattr(module, "last_level_cache", lambda device=CPU: 2**18)
@@ -30,9 +30,9 @@ def small_machine():
 
 @pytest.fixture(scope="module")
 def timed(small_machine, tmp_path_factory):
-    small_machine.setenv("QLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    small_machine.setattr(timing, "LOCK", tmp_path_factory.mktemp("timing") / "lock")
     state = torch.get_rng_state()
-    result = latency.time_formats("tiny", FORMATS[1:], prompt_tokens=64, context_tokens=16, new_tokens=4, rounds=6)
+    result = latency.time_formats("tiny", FORMATS[1:], prompt_tokens=96, context_tokens=16, new_tokens=4, rounds=6)
     assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
     return result
 
@@ -127,7 +127,7 @@ def test_the_interval_is_a_bootstrap_of_the_median():
 
 
 def test_two_timings_never_overlap(tmp_path, monkeypatch):
-    monkeypatch.setenv("QLIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(timing, "LOCK", tmp_path / "lock")
     log = []
 
     def second():
