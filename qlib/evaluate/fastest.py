@@ -58,7 +58,8 @@ class Float32Linear(nn.Module):
         return F.linear(x.float(), self.weight, self.bias).to(x.dtype)
 
 
-#: The forms that are tried. Half precision has no fast path on CPUs; torch.compile takes longer than it could win here.
+#: The forms that are tried. Not among them: half precision, which has no fast path on CPUs, and torch.compile, which
+#: would take Python's overhead off packed layers as well, and would have to compile every copy for itself.
 FORMS = (PlainLinear, PrepackedLinear, Float32Linear)
 
 

@@ -100,25 +100,21 @@ def _time_layer(
         tokens: phase -> new tokens and tokens cached before them.
     """
     generator = torch.Generator().manual_seed(seed)
-    sample = parts.random_tensor(shape.linears["mlp.gate_proj"], device, generator)
-    forms, compared = {}, {}
-    for phase in PHASES:
-        forms[phase], milliseconds = fastest_form(sample, rows=tokens[phase][0])
-        compared[phase] = {"chosen": forms[phase].name, "milliseconds": milliseconds}
-    del sample
-    cache = last_level_cache(device)
+    forms, compared = _choose_forms(shape, {phase: new for phase, (new, _) in tokens.items()}, device, generator)
     result: dict[str, Any] = {"baseline": compared, "packing_seconds": {}}
     layers: dict[str, list[nn.Module]] = {}
     for phase in PHASES:
+        if forms["decode"] is not forms["prefill"]:
+            layers.pop(BASELINE, None)
         for format in formats:
-            if format not in layers or (format == BASELINE and forms["decode"] is not forms["prefill"]):
-                layers.pop(format, None)
-                layer, seconds = parts.build_layer(shape, format, forms[phase], device, generator)
-                layers[format] = [layer]
+            if format not in layers:
+                built, seconds = parts.build_layer(shape, format, forms[phase], device, generator)
+                layers[format] = [built]
                 if grid_of(format):
                     result["packing_seconds"][format] = seconds
         new, context = tokens[phase]
-        copies = copies_needed([parts.layer_bytes(shape, format, context + new) for format in formats], cache)
+        sizes = [parts.layer_bytes(shape, format, context + new) for format in formats]
+        copies = copies_needed(sizes, last_level_cache(device))
         calls = {}
         for format in formats:
             parts.add_copies(layers[format], copies)
@@ -130,8 +126,20 @@ def _time_layer(
         result[phase] = {"timed": timed, "copies": copies, "kernels": kernels}
         if phase == "decode":
             result["bandwidth"] = probe.gigabytes_per_second(timed.rounds[PROBE])
-        del calls, probe, works, layer
+        built = calls = works = None  # or the next phase needs memory for both
     return result
+
+
+def _choose_forms(
+    shape: Shape, rows: dict[str, int], device: torch.device, generator: torch.Generator
+) -> tuple[dict[str, type[nn.Module]], dict[str, Any]]:
+    """The fastest form of a bf16 linear for each phase, and what was compared."""
+    sample = parts.random_tensor(shape.linears["mlp.gate_proj"], device, generator)
+    forms, compared = {}, {}
+    for phase, count in rows.items():
+        forms[phase], milliseconds = fastest_form(sample, count)
+        compared[phase] = {"chosen": forms[phase].name, "milliseconds": milliseconds}
+    return forms, compared
 
 
 def _time_head(shape: Shape, rounds: int, seed: int, device: torch.device) -> dict[str, Any]:

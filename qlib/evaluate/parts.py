@@ -60,7 +60,7 @@ def random_tensor(
 def build_layer(
     shape: Shape, format: str, form: type[nn.Module], device: torch.device, generator: torch.Generator
 ) -> tuple[nn.Module, float]:
-    """A decoder layer in a format, and the seconds that rounding to nearest and packing took.
+    """A decoder layer in a format, and the seconds that rounding to nearest and packing (or re-ordering) took.
 
     Args:
         form: how bf16 linears are held.
@@ -77,12 +77,11 @@ def build_layer(
         weight = random_tensor(size, device, generator)
         linear = layer.get_submodule(name)
         bias = None if linear.bias is None else random_tensor((size[0],), device, generator)
-        if grid is None:
-            _replace(layer, name, form(weight, bias))
-            continue
         begun = time.perf_counter()
-        _replace(layer, name, pack(PlainLinear(weight, bias), _round(weight, grid)))
+        packed = form(weight, bias) if grid is None else pack(PlainLinear(weight, bias), _round(weight, grid))
         seconds += time.perf_counter() - begun
+        _replace(layer, name, packed)
+        del weight  # before the next one is drawn
     return layer, seconds
 
 
@@ -93,10 +92,14 @@ def _replace(root: nn.Module, name: str, value: nn.Module | nn.Parameter) -> Non
 
 def _round(weight: torch.Tensor, grid: Grid) -> CompressedWeight:
     """Round to nearest, some output channels at a time: they do not depend on each other, and memory stays small."""
-    step = max(1, SLICE // weight.shape[1])
-    parts = [round_to_grid(part, grid, *fit_grid(part, grid)) for part in weight.split(step)]
-    columns = zip(*((part.codes, part.scales, part.zeros) for part in parts))
-    return CompressedWeight(grid, *map(torch.cat, columns))
+    step, groups = max(1, SLICE // weight.shape[1]), (len(weight), grid.groups(weight.shape[1]))
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scales, zeros = codes.new_empty(groups, dtype=torch.bfloat16), codes.new_empty(groups)
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        rounded = round_to_grid(weight[part], grid, *fit_grid(weight[part], grid))
+        codes[part], scales[part], zeros[part] = rounded.codes, rounded.scales, rounded.zeros
+    return CompressedWeight(grid, codes, scales, zeros)
 
 
 class _Head(nn.Module):

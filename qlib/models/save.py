@@ -49,7 +49,8 @@ def save(subject: Subject, folder: str | Path, format: str = "packed") -> dict[s
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return {"size.disk_bytes": _disk_bytes(folder, format)} | measure_footprint(subject.model)
+    words = f"{format} format" if packed_layers(subject.model) else "bf16 weights"
+    return {"size.disk_bytes": _disk_bytes(folder, words)} | measure_footprint(subject.model)
 
 
 def _write(subject: Subject, folder: Path, format: str) -> None:
@@ -92,7 +93,7 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, other in model.named_modules() if other is module)
 
 
-def _disk_bytes(folder: Path, format: str) -> Measurement:
+def _disk_bytes(folder: Path, conditions: str) -> Measurement:
     """Bytes of the weight files; tokenizer and configuration are the same for every strategy and left out."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return Measurement(size, "bytes", method="size of the safetensors files", conditions=f"{format} format")
+    return Measurement(size, "bytes", method="size of the safetensors files", conditions=conditions)

@@ -136,7 +136,8 @@ def _request(book: Book, entry: Entry, model: str) -> Cell:
             continue
         text = numbers.write(time, "value") + (f" on {device}" if len(devices) > 1 else "")
         faster = book.shape(entry, model, device).get("latency.request_speedup")
-        words = numbers.speedup(faster) if numbers.number(faster) is not None else ""
+        compared = entry.family != "baseline" and numbers.number(faster) is not None
+        words = numbers.speedup(faster) if compared else ""
         lines += [text, numbers.interval(time), f"{words} as fast" if words not in ("", numbers.SAME) else words]
     return Cell(lines[0], tuple(lines[1:])) if lines else Cell(numbers.ABSENT)
 

@@ -232,7 +232,7 @@ def layer_errors(frame):
         seaborn.lineplot(frame, x="block", y="error", hue="linear", style="linear", ax=axes, **look)
         axes.set_yscale("log")
         axes.set_xlabel("Block")
-        axes.set_ylabel("Relative error of the output")
+        axes.set_ylabel("Relative error")
         axes.xaxis.get_major_locator().set_params(integer=True)
         handles, labels = axes.get_legend_handles_labels()
         axes.get_legend().remove()

@@ -1,7 +1,7 @@
 """Sentences about the results, chosen by the results: they stay true whichever way the numbers fall."""
 
 from qlib.report import numbers
-from qlib.report.article import chosen, CLAIMS
+from qlib.report.article import CLAIMS, Claim, chosen
 from qlib.report.book import SPEED_MODEL, Book, Entry
 
 __all__ = ["finding", "verdict", "article_verdict", "failure_words"]
@@ -63,30 +63,43 @@ def verdict(book: Book, entry: Entry | None) -> str:
 
 
 def article_verdict(book: Book) -> str:
-    """One sentence: which of the article's claims hold here, by size and by accuracy."""
-    held, missed, unknown = [], [], []
-    first = CLAIMS[0]
+    """Which of the article's claims hold here: a sentence on size and accuracy, and one on time."""
+    kept: dict[str, list[str]] = {}
+    faster: dict[str, list[str]] = {}
     for claim in CLAIMS[1:]:
-        entry = chosen(book, claim)
-        baseline = entry and book.baseline(entry)
-        name = claim.title.lower()
-        if not entry or not baseline:
-            unknown.append(name)
-            continue
-        size, whole = (numbers.number(e.measure("size.disk_bytes")) for e in (entry, baseline))
-        loss = numbers.meets(entry.measure("quality.accuracy_delta"), claim.accuracy - first.accuracy, "higher")
-        if not size or not whole or loss in (numbers.ABSENT, numbers.OPEN):
-            unknown.append(name)
-        elif size / whole <= claim.size / first.size and loss == "yes":
-            held.append(name)
-        else:
-            missed.append(name)
-    parts = [
-        f"{words} for {_list(names)}"
-        for words, names in (("hold", held), ("do not hold", missed), ("are not resolved", unknown))
-        if names
-    ]
-    return f"Here, the article's claims about size and accuracy {'; they '.join(parts)}."
+        kept.setdefault(_claim_kept(book, claim), []).append(claim.title.lower())
+        faster.setdefault(_claim_faster(book, claim), []).append(claim.title.lower())
+    return (
+        f"Here, the article's claims about size and accuracy {_judged(kept)}. "
+        f"Its claims about request time, held against the true shape of Qwen-72B, {_judged(faster)}."
+    )
+
+
+def _judged(names: dict[str, list[str]]) -> str:
+    words = {"yes": "hold", "no": "do not hold", numbers.OPEN: "are not resolved"}
+    return "; they ".join(f"{words[key]} for {_list(names[key])}" for key in words if key in names)
+
+
+def _claim_kept(book: Book, claim: Claim) -> str:
+    """Whether the strategy is as small as claimed and loses no more than claimed: yes, no or not resolved."""
+    entry = chosen(book, claim)
+    baseline = entry and book.baseline(entry)
+    if not entry or not baseline:
+        return numbers.OPEN
+    size, whole = (numbers.number(e.measure("size.disk_bytes")) for e in (entry, baseline))
+    loss = numbers.meets(entry.measure("quality.accuracy_delta"), claim.accuracy - CLAIMS[0].accuracy, "higher")
+    if not size or not whole or loss in (numbers.ABSENT, numbers.OPEN):
+        return numbers.OPEN
+    return "yes" if size / whole <= claim.size / CLAIMS[0].size and loss == "yes" else "no"
+
+
+def _claim_faster(book: Book, claim: Claim) -> str:
+    """Whether a request is as many times faster as claimed: yes, no or not resolved."""
+    entry = chosen(book, claim)
+    speedup = book.shape(entry).get("latency.request_speedup") if entry else None
+    if numbers.number(speedup) is None:
+        return numbers.OPEN
+    return numbers.meets(speedup, CLAIMS[0].time / claim.time, "higher")
 
 
 def _list(names: list[str]) -> str:

@@ -1,5 +1,7 @@
 """The book holds every run in order, says whose figures are whose, and never mixes what must stay apart."""
 
+import re
+
 import pytest
 
 from qlib.errors import UserError
@@ -107,6 +109,25 @@ def test_the_first_sentence_follows_the_numbers(project, make):
             (cpu / entry.name).mkdir(exist_ok=True)
             make.write(cpu / entry.name, make.record(entry.name, entry.family, measured), file, state="")
     assert "every one loses more than 1 %" in words.finding(_collect(project))
+
+
+def test_the_articles_claims_are_judged_by_what_was_measured(project, make):
+    speed = project / "reports" / "runs" / "qwen-72b" / "cpu" / "speed-qwen-72b"
+    cpu = project / "reports" / "runs" / "reference-1" / "cpu"
+
+    def verdict(delta, speedup):
+        for bits, name in ((4, "rtn-int4"), (3, "gptq-int4")):
+            found = make.record(name, "weight_quantization", make.quality(90 + delta, delta, 17, 1.5, bits))
+            make.write(cpu / name, found | {"shape_format": "int4-g128"})
+        record = make.speed("qwen-72b", "cpu")
+        record["formats"]["int4-g128"]["latency.request_speedup"] = make.number(speedup, "ratio", 0.1)
+        make.write(speed, record)
+        return words.article_verdict(_collect(project))
+
+    fast = verdict(-0.2, 2.5)
+    assert "size and accuracy hold for weight quantization" in fast and "of Qwen-72B, hold for weight quantization" in fast
+    assert "of Qwen-72B, do not hold for weight quantization" in verdict(-0.2, 1.4)
+    assert re.search("size and accuracy do not hold for [a-z, ]*weight quantization", verdict(-9.0, 2.5))
 
 
 def test_an_empty_book_still_speaks(tmp_path):
