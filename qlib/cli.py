@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", metavar="FILE", type=_path, help="default: reports/index.html")
 
     listed = command("list", "list strategies, their state and last figures", _list)
-    listed.add_argument("--tier", choices=TIERS, help="only these")
+    listed.add_argument("--tier", choices=TIERS, help="only these (default: core and full)")
     listed.add_argument("--model", type=_folder, help="runs of another model")
     listed.add_argument("--why", action="store_true", help="say which change made it out of date, and what failed")
 
@@ -190,7 +190,8 @@ def _list(options: argparse.Namespace, root: Path) -> None:
     from qlib.runs.listing import list_rows, overridden, table
 
     strategies = load_strategies(_files([], root), root)
-    strategies = [s for s in strategies if not options.tier or s.tier == options.tier]
+    # Smoke strategies run in a folder of their own and say nothing about a model.
+    strategies = [s for s in strategies if (s.tier == options.tier if options.tier else s.tier != "smoke")]
     if options.model:
         strategies = [replace(s, model=options.model) for s in strategies if s.family != "speed"]
     strategies += overridden(options.runs, strategies)

@@ -112,14 +112,20 @@ def build_manifest(target: Path = MANIFEST) -> dict[str, int]:
     """Scan the installed packages, drop exact and near duplicates, split by document and write the manifest.
 
     Held-out documents are considered first, so that a file like them is dropped from the training text and not
-    the other way round. Returns the number of documents per split.
+    the other way round; then those of which parts remain in the training text are dropped as well. Returns the number of documents per split.
     """
-    from qlib.data.dedupe import keep_distinct
+    from qlib.data.dedupe import keep_distinct, keep_unseen
 
     rows = [(_split_of(package, data), package, path, data) for package, path, data in _candidates()]
     rows.sort(key=lambda row: (row[0] == "train", row[1], row[2]))
-    kept = [rows[i] for i in keep_distinct([data.decode("utf-8") for *_, data in rows])]
+    kept = [rows[i] for i in keep_distinct(_texts(rows))]
+    train, held_out = ([row for row in kept if (row[0] == "train") == wanted] for wanted in (True, False))
+    kept = [held_out[i] for i in keep_unseen(_texts(held_out), _texts(train))] + train
     header = "# " + " ".join(f"{name}=={metadata.version(name)}" for name in PACKAGES)
     lines = ["\t".join((s, p, hashlib.sha256(d).hexdigest(), path)) for s, p, path, d in kept]
     target.write_text("\n".join([header, *lines, ""]), encoding="utf-8")
     return {split: sum(row[0] == split for row in kept) for split in SPLITS}
+
+
+def _texts(rows: list[tuple[str, str, str, bytes]]) -> list[str]:
+    return [data.decode("utf-8") for *_, data in rows]

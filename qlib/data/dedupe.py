@@ -3,9 +3,10 @@
 from collections import Counter
 from typing import Sequence
 
-__all__ = ["shingles", "keep_distinct", "contained_share"]
+__all__ = ["shingles", "common_shingles", "contained_share", "keep_distinct", "keep_unseen"]
 
 WIDTH = 5  # lines in a shingle
+LIMIT = 0.3  # a document of which this share stands elsewhere is a copy
 COMMON = 20  # a shingle in more documents than this is boilerplate (licence headers), not evidence of a copy
 
 
@@ -28,15 +29,31 @@ def contained_share(doc: set[int], seen: set[int], common: set[int]) -> float:
     return len(own & seen) / len(own) if own else 1.0
 
 
-def keep_distinct(texts: Sequence[str], limit: float = 0.3) -> list[int]:
+def common_shingles(docs: Sequence[set[int]]) -> set[int]:
+    """Boilerplate: shingles that stand in many documents."""
+    counts = Counter(s for doc in docs for s in doc)
+    return {s for s, n in counts.items() if n > COMMON}
+
+
+def keep_unseen(texts: Sequence[str], others: Sequence[str], limit: float = LIMIT) -> list[int]:
+    """Return the indices of texts of which less than `limit` is contained in `others` taken together.
+
+    The counterpart of `keep_distinct` for what is held out: a short text may lie in a long one, of which it is too
+    small a part for the long one to count as a copy.
+    """
+    docs, rest = [shingles(text) for text in texts], [shingles(text) for text in others]
+    common, seen = common_shingles([*docs, *rest]), set().union(*rest)
+    return [index for index, doc in enumerate(docs) if contained_share(doc, seen, common) < limit]
+
+
+def keep_distinct(texts: Sequence[str], limit: float = LIMIT) -> list[int]:
     """Return the indices of documents of which less than `limit` is contained in the documents kept before them.
 
     A document that consists of boilerplate only is dropped. Containment, not Jaccard similarity, is compared: a
     vendored module inside a long file counts as a copy although the two files differ in length.
     """
     docs = [shingles(text) for text in texts]
-    counts = Counter(s for doc in docs for s in doc)
-    common = {s for s, n in counts.items() if n > COMMON}
+    common = common_shingles(docs)
     seen: set[int] = set()
     kept = []
     for index, doc in enumerate(docs):
