@@ -65,12 +65,13 @@ def _distributions() -> dict[str, list[str]]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """Commit of the project, and whether tracked files differ from it."""
+    """Commit of the project, and whether tracked files other than reports differ from it."""
     try:
         root = find_root()
         ask = {"cwd": root, "capture_output": True, "text": True, "timeout": 20, "check": True}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **ask).stdout
+        sources = ["--", ".", ":(exclude)reports"]
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", *sources], **ask).stdout
         return commit, bool(changed.strip())
     except (UserError, OSError, subprocess.SubprocessError):
         return None, None
