@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Sequence
 
 from qlib.errors import UserError, nearest
-from qlib.params import TIERS, Strategy, load_strategies, override, schema
+from qlib.params import TIERS, Strategy, check_notebook, load_strategies, override, schema
 from qlib.paths import find_root, write_atomic
 from qlib.yamltext import parse_assignments
 
@@ -138,6 +138,7 @@ def _run(options: argparse.Namespace, root: Path) -> int:
             strategy = override(strategy, {"model": options.model}, "--model")
         if changes:
             strategy = _renamed(override(strategy, changes), changes)
+            check_notebook(strategy, root, "-p")
         jobs.append(Job(strategy, file))
     if not jobs:
         raise UserError(f"no strategy of tier {options.tier or 'core'} to run; see `qlib list`")

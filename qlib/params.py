@@ -13,7 +13,7 @@ from qlib.yamltext import read_yaml, shown
 
 __all__ = [
     "Strategy", "Title", "Calibration", "Evaluation", "FAMILIES", "TIERS", "WITHOUT_RECIPE", "load_strategy",
-    "load_strategies", "from_dict", "to_dict", "override", "expectation", "schema",
+    "load_strategies", "check_notebook", "from_dict", "to_dict", "override", "expectation", "schema",
 ]  # fmt: skip
 
 FAMILIES = (
@@ -121,14 +121,23 @@ def load_strategy(path: Path | str, root: Path | None = None) -> Strategy:
     """
     path = Path(path)
     strategy = from_dict(read_yaml(path), shown(path))
-    notebooks = (root or _root_of(path)) / "notebooks"
+    check_notebook(strategy, root or _root_of(path), shown(path))
+    return strategy
+
+
+def check_notebook(strategy: Strategy, root: Path, where: str) -> None:
+    """Make sure that the notebook of a strategy is there.
+
+    Raises:
+        UserError: it is not in notebooks/.
+    """
+    notebooks = root / "notebooks"
     if not (notebooks / strategy.notebook).is_file():
         known = sorted(file.name for file in notebooks.glob("*.ipynb"))
         raise UserError(
-            f"{shown(path)}: notebook: '{strategy.notebook}' is not in notebooks/"
+            f"{where}: notebook: '{strategy.notebook}' is not in notebooks/"
             f"{nearest(strategy.notebook, known)}; allowed: {', '.join(known) or 'none is there'}"
         )
-    return strategy
 
 
 def load_strategies(paths: Iterable[Path | str], root: Path | None = None) -> list[Strategy]:

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from qlib import cli
 from qlib.runs.join import joined, speed_records
@@ -35,7 +37,8 @@ def root(tmp_path, monkeypatch) -> Path:
     (tmp_path / "params" / "baseline.yaml").write_text("# a minute\n" + json.dumps(STRATEGY))
     (tmp_path / "notebooks" / "baseline.ipynb").write_text(json.dumps({"cells": CELLS}))
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    save_file({"weight": np.zeros(2, dtype=np.float32)}, tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
     (tmp_path / "text.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("QLIB_CACHE", raising=False)
@@ -90,13 +93,20 @@ def test_bad_input_on_the_command_line(root, capsys):
 
 def test_bad_models(root, capsys):
     assert "neither 'reference-1', nor an existing folder" in refused(capsys, "run", "--model", "./nowhere")
+    (root / "model" / "tokenizer.json").rename(root / "model" / "tokens.json")
+    assert "model: has no tokenizer" in refused(capsys, "run")
+    (root / "model" / "tokens.json").rename(root / "model" / "tokenizer.json")
+    whole = (root / "model" / "model.safetensors").read_bytes()
+    (root / "model" / "model.safetensors").write_bytes(whole[:-3])
+    assert "model.safetensors: is truncated" in refused(capsys, "run")
+    assert "'nope.ipynb' is not in notebooks/" in refused(capsys, "run", "baseline", "-p", "notebook=nope.ipynb")
     (root / "model" / "model.safetensors").rename(root / "model" / "pytorch_model.bin")
     assert "holds only pytorch_model.bin, which may run code when loaded" in refused(capsys, "run")
     (root / "model" / "config.json").unlink()
     assert "holds no config.json" in refused(capsys, "run")
     change(root, evaluation={"text": "missing.txt"})
     (root / "model" / "config.json").write_text("{}")
-    (root / "model" / "model.safetensors").write_bytes(b"")
+    (root / "model" / "model.safetensors").write_bytes(whole)
     assert "text: 'missing.txt' is not an existing file or folder" in refused(capsys, "run")
 
 

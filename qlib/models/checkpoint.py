@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qlib.errors import UserError
 
-__all__ = ["TensorEntry", "read_config", "read_entries", "check_entries"]
+__all__ = ["TensorEntry", "read_config", "read_entries", "check_entries", "check_tokenizer"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
@@ -98,3 +98,13 @@ def check_entries(entries: dict[str, TensorEntry], expected: dict[str, tuple[int
                 f"{entries[name].file}: tensor '{name}' has shape {list(entries[name].shape)}, "
                 f"config.json asks for {list(shape)}"
             )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Make sure that a tokenizer's files are there.
+
+    Raises:
+        UserError: none is.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise UserError(f"{folder}: has no tokenizer (tokenizer.json, vocab.json or tokenizer.model)")

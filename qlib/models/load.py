@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.models.checkpoint import TensorEntry, check_entries, read_config, read_entries
+from qlib.models.checkpoint import TensorEntry, check_entries, check_tokenizer, read_config, read_entries
 from qlib.models.families import family_of
 
 __all__ = ["Subject", "Source", "load", "locate", "REFERENCE"]
@@ -139,8 +139,7 @@ def check_finite(model: nn.Module, entries: dict[str, TensorEntry], folder: Path
 def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        raise UserError(f"{folder}: has no tokenizer (tokenizer.json, vocab.json or tokenizer.model)")
+    check_tokenizer(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
+from qlib.errors import UserError
 from qlib.params import Strategy, to_dict
 from qlib.paths import write_atomic
 from qlib.progress import clock
@@ -32,13 +33,17 @@ FULL = "disk full"
 
 @dataclass
 class Outcome:
-    """How a run ended: `state` is done, failed, crashed, timeout or interrupted; `cause` one line."""
+    """How a run ended: `state` is done, failed, crashed, timeout or interrupted; `cause` one line.
+
+    `bad_input` tells that the notebook refused what it was given, so that the cause says it all.
+    """
 
     state: str
     cause: str | None = None
     cell: dict[str, Any] | None = None
     last_lines: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    bad_input: bool = False
 
 
 @dataclass
@@ -193,7 +198,7 @@ def _judge(attempt: _Attempt, kernel: Kernel) -> Outcome:
     if isinstance(error, PapermillExecutionError):
         lines = ANSI.sub("", "\n".join(error.traceback)).rstrip().splitlines()
         cause = FULL if _is_full(error) else f"{error.ename}: {error.evalue}".splitlines()[0]
-        return Outcome("failed", cause, cell, lines[-LAST_LINES:])
+        return Outcome("failed", cause, cell, lines[-LAST_LINES:], bad_input=error.ename == UserError.__name__)
     if isinstance(error, DeadKernelError) or "Kernel died" in str(error):
         log = kernel.log.read_text(errors="replace").splitlines() if kernel.log.exists() else []
         return Outcome("crashed", kernel.death(), cell, [ANSI.sub("", line) for line in log[-LAST_LINES:]])

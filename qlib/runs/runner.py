@@ -110,15 +110,18 @@ def _rename(strategy: Strategy, state: State) -> None:
 
 
 def _summary(ended: list[tuple[str, Outcome]]) -> int:
+    """Say what went wrong, once and at the end; 2 if it was bad input and nothing else."""
     bad = [(name, outcome) for name, outcome in ended if outcome.state != "done"]
     for name, outcome in bad:
+        if outcome.bad_input:  # told in one line when it ended
+            continue
         where = f", cell {outcome.cell['index'] + 1} (id {outcome.cell['id']})" if outcome.cell else ""
         _say(f"\n{name}: {outcome.state}{where}: {outcome.cause}")
         for text in outcome.last_lines:
             _say(f"    {text}")
     if ended:
         _say(f"{len(ended) - len(bad)} done, {len(bad)} failed in {clock(sum(o.seconds for _, o in ended))}")
-    return 1 if bad else 0
+    return 0 if not bad else 2 if all(outcome.bad_input for _, outcome in bad) else 1
 
 
 def _say(text: str) -> None:

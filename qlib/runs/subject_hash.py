@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from qlib.errors import UserError
+from qlib.models.checkpoint import check_tokenizer, read_entries
 from qlib.paths import REFERENCE, cache_folder, write_atomic
 
 __all__ = ["model_hash", "data_hash", "hash_files"]
@@ -38,6 +39,9 @@ def _folder_hash(folder: Path) -> str:
         pickled = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
         found = f"only {pickled[0]}, which may run code when loaded" if pickled else "no weights"
         raise UserError(f"model: {folder} holds {found}; allowed: *.safetensors")
+    # From headers and names alone, so that a broken folder is refused before a kernel starts.
+    read_entries(folder)
+    check_tokenizer(folder)
     return hash_files([*sorted(folder.glob("*.json")), *weights])
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_project import BODIES, PACKAGE, PLAIN, write_notebook
+from tiny_project import BODIES, PACKAGE, PLAIN, write_notebook, write_weights
 
 
 @pytest.fixture
@@ -19,7 +19,8 @@ def project(tmp_path: Path) -> SimpleNamespace:
     for folder in ("params", "notebooks", "model"):
         (root / folder).mkdir(parents=True)
     (root / "model" / "config.json").write_text("{}")
-    (root / "model" / "model.safetensors").write_bytes(b"weights")
+    write_weights(root / "model", 1.0)
+    (root / "model" / "tokenizer.json").write_text("{}")
     (root / "text.txt").write_text("some text\n")
     for name, body in BODIES.items():
         write_notebook(root / "notebooks" / f"{name}.ipynb", body, recorded=name != "unrecorded")

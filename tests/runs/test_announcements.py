@@ -56,3 +56,15 @@ def test_bar_on_a_terminal(capsys, monkeypatch):
     line.close("plain: done in 5 s")
     bar, _, end = capsys.readouterr().err.partition("\033[K")
     assert bar == "\rplain  [##########--------------] cell 4/7  3 s" and end == "\r\033[Kplain: done in 5 s\n"
+
+
+def test_bad_input_found_by_the_notebook_is_told_in_one_line(capsys):
+    from qlib.runs.execute import Outcome
+    from qlib.runs.runner import _summary
+
+    refused = Outcome("failed", "UserError: model: is bad", last_lines=["Traceback"], bad_input=True)
+    assert _summary([("one", Outcome("done")), ("two", refused)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert _summary([("two", refused), ("three", Outcome("failed", "ValueError: x", last_lines=["Traceback"]))]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert _summary([("one", Outcome("done"))]) == 0

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_project import BODIES, PACKAGE, PLAIN, write_notebook
+from tiny_project import BODIES, PACKAGE, PLAIN, write_notebook, write_weights
 
 from qlib.params import from_dict, load_strategies
 from qlib.runs import key
@@ -70,7 +70,7 @@ def test_what_the_key_depends_on(project):
     write_notebook(project.root / "notebooks" / "slow.ipynb", BODIES["slow"] + "\n# a comment is code as well")
     assert changed(first, keys(project)) == {"slow"}
     first = keys(project)
-    (project.root / "model" / "model.safetensors").write_bytes(b"other weights")
+    write_weights(project.root / "model", 2.0)
     assert changed(first, keys(project)) == {"one", "slow", "raises"}
     first = keys(project)
     (project.root / "text.txt").write_text("other text\n")
@@ -196,6 +196,6 @@ def test_files_are_hashed_again_only_when_they_change(project, monkeypatch, tmp_
     digest = subject_hash.hashlib.file_digest
     monkeypatch.setattr(subject_hash.hashlib, "file_digest", lambda *a: (read.append(1), digest(*a))[1])
     first = subject_hash.model_hash("model", project.root)
-    assert subject_hash.model_hash("model", project.root) == first and len(read) == 2
-    (project.root / "model" / "model.safetensors").write_bytes(b"longer weights")
-    assert subject_hash.model_hash("model", project.root) != first and len(read) == 3
+    assert subject_hash.model_hash("model", project.root) == first and len(read) == 3
+    write_weights(project.root / "model", 2.0, 3.0)
+    assert subject_hash.model_hash("model", project.root) != first and len(read) == 4

@@ -4,11 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
+from safetensors.numpy import save_file
 
 import qlib
 from qlib.record import REQUIRED, UNITS
 
 PACKAGE = Path(qlib.__file__).parent
+
+
+def write_weights(folder: Path, *values: float) -> None:
+    """A safetensors file with one tensor."""
+    save_file({"weight": np.array(values, dtype=np.float32)}, folder / "model.safetensors")
+
+
 PARAMETERS = """name: str = "plain"
 title: dict = {"en": "Plain", "zh": "普通"}
 family: str = "baseline"
