@@ -121,7 +121,7 @@ def _seconds(text: str) -> float:
 def _run(options: argparse.Namespace, root: Path) -> int:
     from qlib.runs.runner import Job, run_all
 
-    for ending in (signal.SIGTERM, signal.SIGHUP):
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, _interrupt)
     if options.device:
         os.environ["QLIB_DEVICE"] = options.device
