@@ -1,5 +1,16 @@
-"""Find passes by name: a pass is the module of its name, with typed `Options` and one `SCOPE`."""
+"""Find passes by name: a pass is the module of its name, with typed `Options` and one `SCOPE`.
 
+By scope, a pass has the function
+- `linear`: ``solve(weight, options, mask=None, statistic=None)`` and, if it feeds on data, the class
+  ``Statistic(width, options)`` with ``feed(inputs [tokens, in])`` and ``free()``; returns a `CompressedWeight` or a
+  `PrunedWeight`;
+- `plan`: ``plan(subject, options, context)``; changes nothing and returns options for later passes by linear;
+- `model`: ``apply(subject, options, context)``; changes the model in place and returns the subject.
+Plan and model passes that read calibration windows say so with ``CALIBRATES = True``. Any pass may have
+``check(subject, options)``, which refuses what cannot work before anything is changed.
+"""
+
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -8,11 +19,24 @@ from typing import Any
 
 from qlib.errors import UserError, nearest
 
-__all__ = ["SCOPES", "pass_names", "find_pass", "read_recipe"]
+__all__ = ["SCOPES", "Context", "pass_names", "find_pass", "read_recipe"]
 
 #: What a pass works on, and how it is called: see `qlib.compress`.
 SCOPES = ("linear", "block", "plan", "model")
 FOLDERS = ("quantize", "prune", "transforms", "train")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a plan or model pass may use besides the subject.
+
+    Attributes:
+        ids: calibration windows, token ids `[rows, length]` of each batch; empty if no pass reads any.
+        seed: of everything random.
+    """
+
+    ids: list[Any]
+    seed: int = 0
 
 
 @lru_cache(maxsize=1)

@@ -1,17 +1,20 @@
 """True shapes of named Qwen models: what latency and size depend on, without a single trained weight."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qlib.errors import UserError, nearest
 
-__all__ = ["Shape", "SHAPES", "find_shape", "layer_config"]
+__all__ = ["Shape", "SHAPES", "kept_width", "find_shape", "layer_config"]
 
 #: The shipped model's shape is read from its own configuration.
 REFERENCE = "reference-1"
 REFERENCE_CONFIG = Path(__file__).parent / REFERENCE / "config.json"
+
+#: What the width of a pruned FFN is a multiple of: the group size of most number formats.
+FFN_STEP = 128
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,39 @@ class Shape:
         """All weights of the model; a tied head counts once."""
         return self.layers * self.layer_parameters + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
 
+    def narrowed(self, keep_heads: float, keep_ffn: float) -> "Shape":
+        """The shape after width pruning; see `kept_width`."""
+        heads, kv_heads, ffn = kept_width(self.heads, self.kv_heads, self.ffn, keep_heads, keep_ffn)
+        return replace(self, heads=heads, kv_heads=kv_heads, ffn=ffn)
+
     @property
     def kv_elements(self) -> int:
         """Numbers that the cache of one layer keeps for each token."""
         return 2 * self.kv_heads * self.head_dim
+
+
+def kept_width(heads: int, kv_heads: int, ffn: int, keep_heads: float, keep_ffn: float) -> tuple[int, int, int]:
+    """Heads, key-value heads and FFN width that are left of shares to keep.
+
+    Where several query heads share keys and values, each group loses query heads and keeps its keys; where each head
+    has its own, they go together. The FFN stays a multiple of `FFN_STEP`, so that groups of weights still fit.
+
+    Raises:
+        UserError: a share outside (0, 1], or one that would leave nothing.
+    """
+    for name, share in (("keep_heads", keep_heads), ("keep_ffn", keep_ffn)):
+        if not 0 < share <= 1:
+            raise UserError(f"{name}: {share} is not allowed; allowed: more than 0, at most 1")
+    per_group = heads // kv_heads
+    left, whole = (round(keep_heads * kv_heads), kv_heads) if per_group == 1 else (round(keep_heads * per_group), per_group)
+    step = FFN_STEP if ffn % FFN_STEP == 0 else 1
+    width = round(keep_ffn * ffn / step) * step
+    if left < 1:
+        what = "head of the model" if per_group == 1 else "query head of a group"
+        raise UserError(f"keep_heads: {keep_heads} of {whole} would remove every {what}; allowed: at least {0.5 / whole:.3g}")
+    if width < 1:
+        raise UserError(f"keep_ffn: {keep_ffn} of {ffn} channels would remove all; allowed: at least {step / ffn:.3g}")
+    return (left, left, width) if per_group == 1 else (left * kv_heads, kv_heads, width)
 
 
 #: The published models. The original Qwen-72B (every head its own keys and values) is given as its Qwen2 equivalent.

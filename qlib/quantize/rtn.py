@@ -31,6 +31,8 @@ class Options:
         return Grid(self.bits, self.group_size, self.symmetric)
 
 
-def solve(weight: torch.Tensor, options: Options) -> CompressedWeight:
-    """Round `weight` `[out, in]` onto the grid of the options."""
+def solve(
+    weight: torch.Tensor, options: Options, mask: torch.Tensor | None = None, statistic: None = None
+) -> CompressedWeight:
+    """Round `weight` `[out, in]` onto the grid of the options; 0 has a code of its own, so a mask's zeros stay."""
     return round_to_grid(weight, options.grid, *fit_grid(weight, options.grid))
