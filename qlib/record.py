@@ -68,7 +68,7 @@ REQUIRED = {
     "speed": (),
 }
 #: What `details` may hold that becomes a field of the record itself.
-FIELDS = ("protocol", "shape_format", "kept", "subject", "data_sha256", "formats", "device")
+FIELDS = ("protocol", "shape_format", "mix", "kept", "subject", "data_sha256", "formats", "device")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def record(run: "Run", measurements: Mapping[str, Any], details: Mapping[str, An
 
     Args:
         measurements: fixed name -> `Measurement` or a mapping with its fields.
-        details: anything JSON can hold. "items" (name -> array), "protocol", "shape_format", "kept", "subject",
+        details: anything JSON can hold. "items" (name -> array), "protocol", "shape_format", "mix", "kept", "subject",
             "data_sha256" and, for the speed family, "formats" (format -> measurements) go to their own places.
 
     Raises:

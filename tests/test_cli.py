@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from qlib import cli
+from qlib.models.shapes import find_shape
 from qlib.runs.join import joined, speed_records
 from qlib.runs.publish import publish
 
@@ -159,6 +160,11 @@ def test_show_joins_the_figures_of_the_shape(root, capsys):
     assert len(joined(_record("x", kept={"heads": 0.5}), speeds)["measurements"]) == 1
     assert len(joined(_record("x", device="nvidia-h200"), speeds)["measurements"]) == 1
     assert len(joined(_record("x", shape_format=None), speeds)["measurements"]) == 1
+    untimed = joined(_record("x", shape_format="int3-g128"), speeds)["measurements"]
+    assert untimed["shape.size.disk_bytes"]["value"] < 40e9 and "shape.latency.decode_ms" not in untimed
+    mix = {name: {"int8": 0.5, "int4-g128": 0.5} for name in find_shape("qwen-72b").linears}
+    mixed = joined(_record("x", shape_format=None, mix=mix), speeds)["measurements"]
+    assert 40e9 < mixed["shape.size.disk_bytes"]["value"] < 70e9
     assert cli.main(["show", "rtn-int8"]) == 0
     assert "shape.latency.decode_ms" in capsys.readouterr().out
 

@@ -10,10 +10,10 @@ from torch import nn
 from qlib.errors import UserError
 from qlib.evaluate import parts
 from qlib.evaluate.fastest import PlainLinear, fastest_form
-from qlib.evaluate.footprint import grid_of
+from qlib.evaluate.footprint import grid_of, narrowed_shape
 from qlib.evaluate.roofline import ReadProbe, copies_needed, last_level_cache
 from qlib.evaluate.timing import exclusive, load_average, median_interval, time_rounds
-from qlib.evaluate.whole_model import BASELINE, PHASES, Rounds, model_figures, model_floor
+from qlib.evaluate.whole_model import BASELINE, NEW_TOKENS, PHASES, Rounds, linear_key, model_figures, model_floor
 from qlib.models.shapes import Shape, find_shape
 
 __all__ = ["time_formats"]
@@ -27,7 +27,7 @@ def time_formats(
     formats: list[str],
     prompt_tokens: int = 256,
     context_tokens: int = 256,
-    new_tokens: int = 32,
+    new_tokens: int = NEW_TOKENS,
     rounds: int = 10,
     seed: int = 0,
     device: str = "cpu",
@@ -59,7 +59,7 @@ def time_formats(
     formats = list(dict.fromkeys([BASELINE, *formats]))
     for format in formats:
         if grid := grid_of(format):
-            [grid.groups(columns) for _, columns in shape.linears.values()]
+            [grid.groups(columns) for _, columns in narrowed_shape(shape, format).linears.values()]
     load, tokens = load_average(), {"decode": (1, context_tokens), "prefill": (prompt_tokens, 0)}
     with exclusive(), torch.inference_mode():
         layer = _time_layer(shape, formats, tokens, rounds, seed, where)
@@ -105,7 +105,7 @@ def _time_layer(
     layers: dict[str, list[nn.Module]] = {}
     for phase in PHASES:
         if forms["decode"] is not forms["prefill"]:
-            layers.pop(BASELINE, None)
+            layers = {format: built for format, built in layers.items() if grid_of(format)}
         for format in formats:
             if format not in layers:
                 built, seconds = parts.build_layer(shape, format, forms[phase], device, generator)
@@ -118,8 +118,11 @@ def _time_layer(
         calls = {}
         for format in formats:
             parts.add_copies(layers[format], copies)
-            works = [parts.Workload(shape, new, context, device, generator) for _ in range(copies)]
+            own = narrowed_shape(shape, format)
+            works = [parts.Workload(own, new, context, device, generator) for _ in range(copies)]
             calls[format] = [partial(work.run, layer) for work, layer in zip(works, layers[format])]
+            if own is shape:  # a mix of formats is summed up linear by linear
+                calls |= _linear_calls(shape, format, layers[format], new, device, generator)
         probe = ReadProbe(device)
         timed = time_rounds(calls | {PROBE: [probe]}, rounds, device)
         kernels = {format: parts.kernels(layers[format][0], shape, new) for format in formats}
@@ -128,6 +131,17 @@ def _time_layer(
             result["bandwidth"] = probe.gigabytes_per_second(timed.rounds[PROBE])
         built = calls = works = None  # or the next phase needs memory for both
     return result
+
+
+def _linear_calls(
+    shape: Shape, format: str, layers: list[nn.Module], rows: int, device: torch.device, generator: torch.Generator
+) -> dict[str, list[Any]]:
+    """Calls of one linear of each size, as `linear_key` names them."""
+    calls = {}
+    for name in dict.fromkeys(parts.distinct_linears(shape).values()):
+        x = parts.random_tensor((1, rows, shape.linears[name][1]), device, generator, scale=1.0)
+        calls[linear_key(format, name)] = [partial(layer.get_submodule(name), x) for layer in layers]
+    return calls
 
 
 def _choose_forms(

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from qlib.evaluate.fastest import PlainLinear
-from qlib.evaluate.footprint import BF16, grid_of
+from qlib.evaluate.footprint import BF16, Format, grid_of, linear_formats, narrowed_shape, some_format
 from qlib.layers import PackedLinear, pack, resident_bytes
 from qlib.models.shapes import Shape, layer_config
 from qlib.quantize.grid import CompressedWeight, Grid, fit_grid, round_to_grid
 
 __all__ = [
     "Workload", "random_tensor", "build_layer", "build_head", "add_copies", "layer_bytes", "head_bytes", "kernels",
+    "distinct_linears",
 ]  # fmt: skip
 
 #: Random numbers that are really drawn; larger tensors repeat them, since no timing depends on values.
@@ -67,7 +68,7 @@ def build_layer(
     """
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-    grid, seconds = grid_of(format), 0.0
+    grid, shape, seconds = grid_of(format), narrowed_shape(shape, format), 0.0
     with torch.device("meta"):
         layer = Qwen2DecoderLayer(layer_config(shape), 0).eval()
     for name, parameter in list(layer.named_parameters()):
@@ -129,13 +130,26 @@ def add_copies(layers: list[nn.Module], count: int) -> None:
     layers += [copy.deepcopy(layers[0]) for _ in range(count - len(layers))]
 
 
-def layer_bytes(shape: Shape, format: str, context: int = 0) -> int:
+def layer_bytes(shape: Shape, format: Format, context: int = 0) -> int:
     """Bytes that one token must read of a layer: its weights, and the cache of `context` tokens."""
+    own = narrowed_shape(shape, some_format(format))
+    weights = sum(
+        share * _linear_bytes(narrowed_shape(shape, one).linears[name], one)
+        for name, shares in linear_formats(shape, format).items()
+        for one, share in shares.items()
+    )
+    return BF16 * (own.small_parameters + own.kv_elements * context) + round(weights)
+
+
+def _linear_bytes(size: tuple[int, int], format: str) -> int:
     grid = grid_of(format)
-    rest = BF16 * (shape.small_parameters + shape.kv_elements * context)
-    if grid is None:
-        return BF16 * shape.linear_parameters + rest
-    return rest + sum(resident_bytes(grid, *size) for size in shape.linears.values())
+    return resident_bytes(grid, *size) if grid else BF16 * size[0] * size[1]
+
+
+def distinct_linears(shape: Shape) -> dict[str, str]:
+    """Name of every linear of a layer -> the first linear of the same size, whose time is its own."""
+    first: dict[tuple[int, int], str] = {}
+    return {name: first.setdefault(size, name) for name, size in shape.linears.items()}
 
 
 def head_bytes(shape: Shape) -> int:

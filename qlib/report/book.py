@@ -11,6 +11,7 @@ from qlib.paths import slug
 from qlib.report.html import slug as html_slug
 from qlib.report.measures import FAMILIES
 from qlib.report.numbers import ABSENT, keeps, number
+from qlib.runs.join import shape_figures
 
 __all__ = ["Entry", "Book", "collect", "sources", "SPEED_MODEL", "FAILED"]
 
@@ -62,11 +63,6 @@ class Entry:
     @property
     def measurements(self) -> dict[str, dict]:
         return self.record.get("measurements") or {}
-
-    @property
-    def whole(self) -> bool:
-        """True if no head, channel or layer was removed, so that a format's speed is the strategy's."""
-        return all(number({"value": kept}) in (None, 1.0) for kept in (self.record.get("kept") or {}).values())
 
     def measure(self, name: str) -> dict | None:
         return self.measurements.get(name)
@@ -142,12 +138,10 @@ class Book:
         return keeps(delta, {"value": number(accuracy) - number(delta)})  # of the baseline, on the very same items
 
     def shape(self, entry: Entry, model: str = SPEED_MODEL, device: str | None = None) -> dict[str, dict]:
-        """The measurements of the entry's number format at a true shape; empty where none apply."""
+        """The measurements of the entry's number format, or mix, at a true shape; empty where none apply."""
         records = self.speed.get(model, {})
         speed = records.get(device or entry.device)
-        if speed is None or not entry.whole or not entry.record.get("shape_format"):
-            return {}
-        return speed.record["formats"].get(entry.record["shape_format"], {})
+        return shape_figures(entry.record, speed.record) if speed else {}
 
     def anchor(self, entry: Entry) -> str:
         """The id of an entry's section, and the name of its page; twins on other models or devices get longer ones."""

@@ -1,11 +1,14 @@
 """Put the figures of the speed records beside a strategy's own: `shape.size.*`, `shape.latency.*`."""
 
+import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable
 
+from qlib.errors import UserError
 from qlib.runs.state import read_json
 
-__all__ = ["speed_records", "shape_measurements", "joined", "PREFERRED"]
+__all__ = ["speed_records", "shape_measurements", "shape_figures", "joined", "PREFERRED"]
 
 #: The shape that the report is about; others serve where it was not measured.
 PREFERRED = "qwen-72b"
@@ -23,16 +26,49 @@ def speed_records(runs: Path, published: Path) -> list[dict[str, Any]]:
 
 
 def shape_measurements(record: dict[str, Any], speeds: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Figures of the record's format at a true model shape, from the first speed record on its device that has it.
+    """Figures of the record's format at a true model shape, under names that begin with ``shape.``.
 
-    Nothing if the record names no format, or if parts of its layers were removed: then no record fits.
+    They come from the first speed record on its device that has timed the format; where none has, there are the sizes,
+    which are arithmetic. Nothing if the record names no format.
     """
-    name, whole = record.get("shape_format"), all(share == 1 for share in (record.get("kept") or {}).values())
-    for speed in speeds:
-        if name in speed["formats"] and whole and speed.get("device") == record.get("device"):
-            figures = speed["formats"][name].items()
-            return {f"shape.{key}": figure | {"conditions": _of(speed, figure)} for key, figure in figures}
-    return {}
+    here = [speed for speed in speeds if speed.get("device") == record.get("device")]
+    found = [(speed, shape_figures(record, speed)) for speed in here]
+    found.sort(key=lambda pair: "latency.decode_ms" not in pair[1])
+    speed, figures = found[0] if found else ({}, {})
+    return {f"shape.{key}": one | {"conditions": _of(speed, one)} for key, one in figures.items()}
+
+
+def shape_figures(record: dict[str, Any], speed: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Figures of a record's format, or mix of formats, at the shape of a speed record; sizes only if it was not timed."""
+    format = record.get("shape_format") or record.get("mix")
+    narrowed = any(share != 1 for share in (record.get("kept") or {}).values())
+    if not format or (narrowed and "@" not in json.dumps(format)):  # parts are gone that the format does not tell of
+        return {}
+    if isinstance(format, str) and format in speed["formats"]:
+        return speed["formats"][format]
+    return _computed(json.dumps(format), json.dumps(speed["model"]), json.dumps(speed.get("details") or {}), _context(speed))
+
+
+def _context(speed: dict[str, Any]) -> tuple[int, str]:
+    return (speed.get("params") or {}).get("context_tokens", 256), speed.get("protocol") or ""
+
+
+@lru_cache(maxsize=256)
+def _computed(format: str, model: str, details: str, context: tuple[int, str]) -> dict[str, dict[str, Any]]:
+    """The figures that a speed record implies but does not hold; JSON in, so that the report computes each once."""
+    from qlib.evaluate.footprint import shape_footprint
+    from qlib.evaluate.whole_model import NEW_TOKENS, model_figures, rounds_of
+    from qlib.models.shapes import find_shape
+
+    try:
+        shape = find_shape(json.loads(model))
+        sizes = shape_footprint(shape, json.loads(format))
+    except UserError:  # a shape or format of another version
+        return {}
+    try:
+        return model_figures(shape, rounds_of(json.loads(details)), json.loads(format), context[0], NEW_TOKENS, context[1])
+    except KeyError:  # not timed
+        return sizes
 
 
 def _of(speed: dict[str, Any], figure: dict[str, Any]) -> str:

@@ -10,12 +10,13 @@ from qlib.errors import UserError
 from qlib.evaluate import fastest, latency, parts, roofline, timing
 from qlib.evaluate.fastest import FORMS, PlainLinear
 from qlib.evaluate.footprint import shape_footprint
+from qlib.evaluate.whole_model import model_figures, rounds_of
 from qlib.models.shapes import Shape
 from qlib.record import check_measurements
 
 CPU = torch.device("cpu")
 TINY = Shape("tiny", 3, 128, 4, 2, 256, 96, head_dim=64)
-FORMATS = ["bf16", "int8", "int4-g128", "int3-g64"]
+FORMATS = ["bf16", "int8", "int4-g128", "int3-g64", "bf16@0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_every_format_has_every_measurement(timed):
         names = {f"latency.{name}" for name in ("prefill_ms", "decode_ms", "request_ms", "roofline_fraction")}
         names |= {f"latency.{name}_speedup" for name in ("prefill", "decode", "request")}
         assert names | {"size.disk_bytes", "size.resident_bytes"} <= set(measurements)
-        assert ("compress.seconds" in measurements) is (format != "bf16")
+        assert ("compress.seconds" in measurements) is (not format.startswith("bf16"))
 
 
 def test_intervals_hold_their_value_and_units_are_positive(timed):
@@ -70,6 +71,27 @@ def test_the_model_is_layers_times_layer_plus_head_and_ratios_are_paired(timed):
     assert figures["latency.decode_speedup"]["value"] == pytest.approx(np.median(base / int4), rel=1e-3)
     own = timed["formats"]["bf16"]["latency.decode_speedup"]
     assert own["value"] == own["low"] == own["high"] == 1
+
+
+def test_a_mix_is_summed_up_linear_by_linear(timed):
+    rounds = rounds_of(timed)
+    uniform = {name: {"int8": 1.0} for name in TINY.linears}
+    mixed = uniform | {"mlp.down_proj": {"int4-g128": 1 / 3, "int8": 2 / 3}, "mlp.up_proj": {"int4-g128": 1.0}}
+    for phase in ("decode", "prefill"):
+        times = timed["layer"][phase]["milliseconds"]
+        timed_linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj")  # one of each size
+        expected = {f"{format} {name}" for format in FORMATS[:4] for name in timed_linears}
+        assert set(times) - {"read bandwidth", *FORMATS} == expected
+        assert np.array_equal(rounds.model(TINY, phase, uniform), rounds.model(TINY, phase, "int8"))
+        like = {"mlp.down_proj": "self_attn.o_proj", "mlp.up_proj": "self_attn.q_proj"}  # of the same size
+        gain = {name: np.subtract(times[f"int4-g128 {one}"], times[f"int8 {one}"]) for name, one in like.items()}
+        layer = times["int8"] + gain["mlp.down_proj"] / 3 + gain["mlp.up_proj"]
+        expected = TINY.layers * layer + timed["head"]["milliseconds"]["head"]
+        assert rounds.model(TINY, phase, mixed) == pytest.approx(expected, rel=1e-3)
+    figures = model_figures(TINY, rounds, mixed, 16, 4, "")
+    assert shape_footprint(TINY, mixed)["size.disk_bytes"] == figures["size.disk_bytes"] and "compress.seconds" not in figures
+    with pytest.raises(KeyError):
+        rounds.model(TINY, "decode", {name: {"int2-g32": 0.5, "int8": 0.5} for name in TINY.linears})
 
 
 def test_the_baseline_is_the_fastest_form_and_is_shown(timed):
