@@ -34,14 +34,14 @@ case $$code in 0|1) ;; *) exit $$code;; esac; \
 $(QLIB) report $(2) $(3) || exit $$?
 endef
 
-report: env ## run the core strategies that are out of date and render reports/index.html
+report: env ## run the core strategies and lessons that are out of date and render reports/index.html
 	@$(call run_and_report,core); exit $$code
 
 report-full: env ## run all strategies, render, and refresh reports/published/
 	@$(call run_and_report,full); $(QLIB) publish || exit $$?; exit $$code
 
 test: env ## run the tests
-	@$(VENV)/bin/python -m pytest -q
+	@$(VENV)/bin/python -m pytest
 
 smoke: env ## run the smallest strategies into reports/smoke/, in a few minutes
 	@$(call run_and_report,smoke,--runs reports/smoke/runs,--output reports/smoke/index.html); exit $$code

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Sequence
 from qlib.errors import UserError, nearest
 from qlib.params import TIERS, Strategy, check_notebook, load_strategies, override, schema
 from qlib.paths import find_root, write_atomic
+from qlib.runs.lessons import find_lessons, taught
 from qlib.yamltext import parse_assignments
 
 __all__ = ["main"]
@@ -22,6 +23,7 @@ EXAMPLES = """examples:
   qlib run params/rtn-int4.yaml                 one strategy (or just: qlib run rtn-int4)
   qlib run rtn-int4 -p recipe.0.bits=3          the same with other parameters, kept apart from the published one
   qlib run rtn-int4 -p 'recipe=[{pass: rtn, bits: 3}]' -p seed=1
+  qlib run notebooks/lessons/pruning.ipynb      one lesson (or just: qlib run lesson-pruning)
   qlib run --model ./my-model                   every core strategy on your model (a folder or a hub id)
   qlib list --why                               what is out of date, and since which change
   qlib show rtn-int4 --json                     all figures of one strategy
@@ -50,10 +52,13 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(action=action)
         return sub
 
-    run = command("run", "run strategies that are out of date", _run)
-    run.add_argument("files", nargs="*", metavar="FILE", type=_file, help="files or names (default: all of the tier)")
+    run = command("run", "run strategies and lessons that are out of date", _run)
+    run.add_argument(
+        "files", nargs="*", metavar="FILE", type=_file,
+        help="files or names (default: all of the tier, with the lessons on its families)",
+    )  # fmt: skip
     run.add_argument("-p", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="other parameters")
-    run.add_argument("--model", type=_folder, help="another model: a folder or a hub id; runs apart from the others")
+    run.add_argument("--model", type=_folder, help="another model: a folder or a hub id; apart from others, no lessons")
     run.add_argument("--tier", choices=TIERS, help="smoke, core (default), or full, which includes core")
     run.add_argument("--force", action="store_true", help="run also what is up to date")
     run.add_argument("--limit", type=_seconds, default=LIMIT, metavar="SECONDS", help="per strategy (default: 4 hours)")
@@ -62,12 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", "render the report from the records there are", _report)
     report.add_argument("--output", metavar="FILE", type=_path, help="default: reports/index.html")
 
-    listed = command("list", "list strategies, their state and last figures", _list)
+    listed = command("list", "list strategies and lessons, their state and last figures", _list)
     listed.add_argument("--tier", choices=TIERS, help="only these (default: core and full)")
     listed.add_argument("--model", type=_folder, help="runs of another model")
     listed.add_argument("--why", action="store_true", help="say which change made it out of date, and what failed")
 
-    show = command("show", "show the record of one strategy", _show)
+    show = command("show", "show the record of one strategy, or the state of a lesson", _show)
     show.add_argument("name", metavar="NAME")
     show.add_argument("--model", type=_folder, help="its record on another model")
     show.add_argument("--json", action="store_true", help="the whole record, with the figures of its shape")
@@ -127,9 +132,13 @@ def _run(options: argparse.Namespace, root: Path) -> int:
         os.environ["QLIB_DEVICE"] = options.device
     if options.changes and not options.files:
         raise UserError("-p: name the strategies that it is for, e.g. qlib run rtn-int4 -p seed=1")
-    files = _files(options.files, root)
+    lessons = find_lessons(root)
+    named, chosen = _split(options.files, lessons, root)
+    files = _files(named, root) if named or not options.files else []
     strategies = load_strategies(files, root)
     changes = parse_assignments(options.changes)
+    if changes and chosen:
+        raise UserError(f"-p: {chosen[0].name} is a lesson, which is not run with other parameters")
     jobs = []
     for file, strategy in zip(files, strategies):
         if not _chosen(strategy, options):
@@ -140,6 +149,12 @@ def _run(options: argparse.Namespace, root: Path) -> int:
             strategy = _renamed(override(strategy, changes), changes)
             check_notebook(strategy, root, "-p")
         jobs.append(Job(strategy, file))
+    if options.model:
+        chosen = [replace(lesson, model=options.model) for lesson in chosen]
+    elif not options.files and options.tier != "smoke":
+        families = {job.strategy.family for job in jobs}
+        chosen = [lesson for lesson in lessons if taught(lesson) in families]
+    jobs += [Job(lesson, root / "notebooks" / lesson.notebook) for lesson in chosen]
     if not jobs:
         raise UserError(f"no strategy of tier {options.tier or 'core'} to run; see `qlib list`")
     return run_all(jobs, root, options.runs, options.force, options.limit)
@@ -147,6 +162,19 @@ def _run(options: argparse.Namespace, root: Path) -> int:
 
 def _interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _split(given: list[str], lessons: list[Strategy], root: Path) -> tuple[list[str], list[Strategy]]:
+    """Tell the lessons, given by path or name, from the strategies."""
+    known = {lesson.name: lesson for lesson in lessons}
+    known |= {str(root / "notebooks" / lesson.notebook): lesson for lesson in lessons}
+    rest = [name for name in given if name not in known]
+    for name in rest:
+        if name.startswith("lesson-") and not (root / "params" / f"{name}.yaml").is_file():
+            raise UserError(f"{name}: no such lesson{nearest(name, known)}; see `qlib list`")
+        if name.endswith(".ipynb"):
+            raise UserError(f"{name}: is no lesson; allowed: strategy files (params/*.yaml), notebooks/lessons/*.ipynb")
+    return rest, [known[name] for name in dict.fromkeys(given) if name in known]
 
 
 def _files(given: list[str], root: Path) -> list[Path]:
@@ -196,6 +224,8 @@ def _list(options: argparse.Namespace, root: Path) -> None:
     if options.model:
         strategies = [replace(s, model=options.model) for s in strategies if s.family != "speed"]
     strategies += overridden(options.runs, strategies)
+    if options.tier != "smoke":
+        strategies += _lessons_to_list(options, root)
     rows = list_rows(strategies, root, options.runs)
     if not options.why:
         print(table([row for row, _ in rows]))
@@ -206,10 +236,27 @@ def _list(options: argparse.Namespace, root: Path) -> None:
             print(f"    {why}")
 
 
+def _lessons_to_list(options: argparse.Namespace, root: Path) -> list[Strategy]:
+    """All lessons; on another model those that were run on it."""
+    from qlib.runs.state import folder_of
+
+    lessons = find_lessons(root)
+    if options.model:
+        lessons = [replace(lesson, model=options.model) for lesson in lessons]
+        lessons = [lesson for lesson in lessons if folder_of(lesson, options.runs).is_dir()]
+    return lessons
+
+
 def _show(options: argparse.Namespace, root: Path) -> None:
     from qlib.runs.join import joined, speed_records
-    from qlib.runs.listing import describe_record, find_record
+    from qlib.runs.listing import describe_lesson, describe_record, find_record
+    from qlib.runs.state import state_of
 
+    lesson = next((lesson for lesson in find_lessons(root) if lesson.name == options.name), None)
+    if lesson and not options.json:
+        lesson = replace(lesson, model=options.model or lesson.model)
+        print(describe_lesson(lesson, state_of(lesson, root, options.runs)))
+        return
     record = find_record(options.name, root, options.runs, options.model)
     record = joined(record, speed_records(options.runs, root / "reports" / "published"))
     print(json.dumps(record, indent=2, ensure_ascii=False) if options.json else describe_record(record))
@@ -218,7 +265,7 @@ def _show(options: argparse.Namespace, root: Path) -> None:
 def _publish(options: argparse.Namespace, root: Path) -> None:
     from qlib.runs.publish import publish
 
-    strategies = load_strategies(_files([], root), root)
+    strategies = load_strategies(_files([], root), root) + find_lessons(root)
     fresh = publish(strategies, options.runs, root / "reports" / "index.html", root / "reports" / "published")
     print(f"{root / 'reports' / 'published'}: {len(fresh)} records from this machine")
 

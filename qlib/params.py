@@ -12,15 +12,20 @@ from qlib.schema import check, describe, names_of, plain_problem, show
 from qlib.yamltext import read_yaml, shown
 
 __all__ = [
-    "Strategy", "Title", "Calibration", "Evaluation", "FAMILIES", "TIERS", "WITHOUT_RECIPE", "load_strategy",
+    "Strategy", "Title", "Calibration", "Evaluation", "Training", "FAMILIES", "TIERS", "WITHOUT_RECIPE", "load_strategy",
     "load_strategies", "check_notebook", "from_dict", "to_dict", "override", "expectation", "schema",
 ]  # fmt: skip
 
 FAMILIES = (
     "baseline", "pruning", "weight_quantization", "mixed_precision", "finetuning", "combined", "tool", "speed",
+    "training",
 )  # fmt: skip
 #: Families that change no weights; all others need a recipe.
-WITHOUT_RECIPE = ("baseline", "speed")
+WITHOUT_RECIPE = ("baseline", "speed", "training")
+#: Families that measure several number formats side by side.
+WITH_FORMATS = ("speed", "training")
+#: What the family "training" may name as formats.
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 TIERS = ("smoke", "core", "full")
 NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
 
@@ -77,6 +82,27 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Training:
+    """How a model is trained from random weights, once in each precision.
+
+    Args:
+        tokens: of a run.
+        length: tokens of a sequence.
+        batch_tokens: tokens of a step.
+        peak_lr: peak learning rate of AdamW.
+        seeds: runs of each precision; they differ in weights and order of batches.
+        fp16_steps: steps after which fp16 ends on a CPU, which has no fast path for it.
+    """
+
+    tokens: int = field(default=200_000, metadata={"minimum": 1})
+    length: int = field(default=128, metadata={"minimum": 2})
+    batch_tokens: int = field(default=512, metadata={"minimum": 2})
+    peak_lr: float = field(default=2e-3, metadata={"minimum": 0})
+    seeds: int = field(default=1, metadata={"minimum": 1})
+    fp16_steps: int = field(default=100, metadata={"minimum": 1})
+
+
+@dataclass(frozen=True)
 class Strategy:
     """One row of the report.
 
@@ -91,10 +117,11 @@ class Strategy:
         seed: of everything random.
         calibration: text that the passes may look at.
         evaluation: what quality is measured on.
-        formats: speed only: the number formats that are timed side by side.
+        formats: speed and training only: the number formats that are measured side by side.
         prompt_tokens: speed only: length of the prompt that is prefilled.
         context_tokens: speed only: length of the context at which a token is decoded.
         rounds: speed only: interleaved rounds; each times every format once.
+        training: training only: how the model is trained in each of the formats.
     """
 
     name: str
@@ -111,6 +138,7 @@ class Strategy:
     prompt_tokens: int = field(default=256, metadata={"minimum": 1})
     context_tokens: int = field(default=256, metadata={"minimum": 1})
     rounds: int = field(default=10, metadata={"minimum": 1})
+    training: Training = Training()
 
 
 def load_strategy(path: Path | str, root: Path | None = None) -> Strategy:
@@ -198,8 +226,28 @@ def _check_family(strategy: Strategy) -> list[str]:
         problems.append(f"recipe: is empty; allowed for family {family}: at least one pass, e.g. [{{pass: rtn}}]")
     if strategy.recipe and family in WITHOUT_RECIPE:
         problems.append(f"recipe: is not empty; family {family} changes no weights")
-    if bool(strategy.formats) != (family == "speed"):
-        problems.append("formats: must be given for family speed, and only there")
+    if bool(strategy.formats) != (family in WITH_FORMATS):
+        problems.append(f"formats: must be given for families {' and '.join(WITH_FORMATS)}, and only there")
+    elif family == "training":
+        problems += _check_training(strategy.formats, strategy.training)
+    return problems
+
+
+def _check_training(formats: list[str], training: Training) -> list[str]:
+    """What does not fit together in a comparison of precisions."""
+    choices = ", ".join(PRECISIONS)
+    problems = [
+        f"formats: '{one}' is not allowed{nearest(one, PRECISIONS)}; allowed: {choices}"
+        for one in formats
+        if one not in PRECISIONS
+    ]
+    if not problems and (PRECISIONS[0] not in formats or len(set(formats)) < len(formats)):
+        problems.append(f"formats: {show(formats)} is not allowed; allowed: fp32 and others of {choices}, each once")
+    if training.batch_tokens < training.length:
+        problems.append(
+            f"training.batch_tokens: {training.batch_tokens} is not allowed; allowed: at least one sequence, "
+            f"{training.length}"
+        )
     return problems
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Mapping
 
 from qlib.errors import UserError, nearest
+from qlib.params import WITH_FORMATS
 from qlib.paths import slug, write_atomic
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ UNITS = {
     "train.seconds": "seconds",
     "train.tokens_per_second": "tokens/s",
     "train.peak_rss_bytes": "bytes",
+    "train.loss_difference": "nats",
     "energy.joules": "joules",
 }
 #: Accuracy on a hub task, e.g. ``task.arc_easy``.
@@ -66,6 +68,7 @@ REQUIRED = {
     "combined": _COMPRESSED,
     "tool": _COMPRESSED,
     "speed": (),
+    "training": (),
 }
 #: What `details` may hold that becomes a field of the record itself.
 FIELDS = ("protocol", "shape_format", "mix", "kept", "subject", "data_sha256", "formats", "device")
@@ -96,7 +99,7 @@ def record(run: "Run", measurements: Mapping[str, Any], details: Mapping[str, An
     Args:
         measurements: fixed name -> `Measurement` or a mapping with its fields.
         details: anything JSON can hold. "items" (name -> array), "protocol", "shape_format", "mix", "kept", "subject",
-            "data_sha256" and, for the speed family, "formats" (format -> measurements) go to their own places.
+            "data_sha256" and, for the families speed and training, "formats" (format -> measurements) go to their own places.
 
     Raises:
         UserError: a name that is unknown or missing for the family, a wrong unit, a value that is not finite.
@@ -124,7 +127,7 @@ def record(run: "Run", measurements: Mapping[str, Any], details: Mapping[str, An
         "subject": {},
         "data_sha256": None,
     }
-    if strategy.family == "speed":
+    if strategy.family in WITH_FORMATS:
         formats = rest.pop("formats", None) or {}
         missing = [name for name in strategy.formats if name not in formats]
         if missing:

@@ -86,7 +86,10 @@ def _listening(block: nn.Module, feeds: dict[tuple[str, ...], Feed | None]) -> I
     """Pass the inputs of each group's first linear, flattened to `[tokens, in]`, to the group's statistic."""
 
     def hook(feed: Feed) -> Callable:
-        return lambda module, args: feed(args[0].flatten(0, -2))
+        def listen(module: nn.Module, args: tuple) -> None:  # what a hook returns would take the place of the input
+            feed(args[0].flatten(0, -2))
+
+        return listen
 
     listened = [(names[0], feed) for names, feed in feeds.items() if feed]
     handles = [block.get_submodule(name).register_forward_pre_hook(hook(feed)) for name, feed in listened]

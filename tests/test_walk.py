@@ -56,6 +56,12 @@ def test_the_next_block_sees_the_output_of_the_compressed_one(tiny_model):
     torch.testing.assert_close(fed[1, "self_attn.q_proj"][0], after[1, "self_attn.q_proj"], rtol=0, atol=0)
 
 
+def test_what_a_feed_returns_does_not_replace_the_input(tiny_model):
+    model = tiny_model()
+    ids = [torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(1))]
+    walk(model, ids, lambda index, block, names: lambda inputs: [inputs, None], lambda index, block, names: None)
+
+
 def test_no_forward_runs_without_data(tiny_model):
     model, visited = tiny_model(), []
     model.forward = None  # calling it would fail

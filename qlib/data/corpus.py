@@ -5,10 +5,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Sequence
 
 from qlib.errors import UserError
 
-__all__ = ["Document", "SPLITS", "MANIFEST", "read_split", "manifest_hash", "build_manifest"]
+__all__ = [
+    "Document", "SPLITS", "MANIFEST", "TRAIN_ONLY", "read_split", "split_entries", "read_entry", "manifest_hash",
+    "build_manifest",
+]  # fmt: skip
+
+#: A row of a manifest: split, package, SHA-256, path.
+Entry = tuple[str, str, str, str]
 
 MANIFEST = Path(__file__).with_name("reference-1.tsv")
 SPLITS = ("train", "calibration", "development", "evaluation")
@@ -42,8 +49,7 @@ def _files(package: str) -> dict[str, Path]:
     return {str(f): Path(f.locate()) for f in files if f.suffix == ".py" and ".." not in f.parts}
 
 
-def _entries(manifest: Path) -> list[tuple[str, str, str, str]]:
-    """Rows of a manifest: split, package, SHA-256, path."""
+def _entries(manifest: Path) -> list[Entry]:
     lines = manifest.read_text(encoding="utf-8").splitlines()
     return [tuple(line.split("\t")) for line in lines if line and not line.startswith("#")]  # type: ignore[misc]
 
@@ -53,29 +59,46 @@ def manifest_hash() -> str:
     return hashlib.sha256(MANIFEST.read_bytes()).hexdigest()
 
 
+def split_entries(split: str, manifest: Path = MANIFEST, without: Sequence[str] = ()) -> list[Entry]:
+    """The rows of one split, none of which is read yet.
+
+    Args:
+        without: packages to leave out.
+
+    Raises:
+        UserError: unknown split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"corpus: split '{split}' is unknown; allowed: {', '.join(SPLITS)}")
+    return [entry for entry in _entries(manifest) if entry[0] == split and entry[1] not in without]
+
+
+def read_entry(entry: Entry, manifest: Path = MANIFEST) -> Document:
+    """Read one document and verify it against the manifest.
+
+    Raises:
+        UserError: the file is missing or differs from the one the numbers were published on.
+    """
+    _, package, digest, path = entry
+    file = _files(package).get(path)
+    if file is None or not file.is_file():
+        raise UserError(f"corpus: {path} of {package} is missing; reinstall requirements.lock (`make env`)")
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise UserError(
+            f"corpus: {path} of {package} {metadata.version(package)} differs from the manifest "
+            f"{manifest.name}; install the versions of requirements.lock (`make env`)"
+        )
+    return Document(path, data.decode("utf-8"))
+
+
 def read_split(split: str, manifest: Path = MANIFEST) -> list[Document]:
     """Read the documents of one split and verify each against the manifest.
 
     Raises:
         UserError: unknown split; a file that is missing or differs from the one the numbers were published on.
     """
-    if split not in SPLITS:
-        raise UserError(f"corpus: split '{split}' is unknown; allowed: {', '.join(SPLITS)}")
-    documents = []
-    for name, package, digest, path in _entries(manifest):
-        if name != split:
-            continue
-        file = _files(package).get(path)
-        if file is None or not file.is_file():
-            raise UserError(f"corpus: {path} of {package} is missing; reinstall requirements.lock (`make env`)")
-        data = file.read_bytes()
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise UserError(
-                f"corpus: {path} of {package} {metadata.version(package)} differs from the manifest "
-                f"{manifest.name}; install the versions of requirements.lock (`make env`)"
-            )
-        documents.append(Document(path, data.decode("utf-8")))
-    return documents
+    return [read_entry(entry, manifest) for entry in split_entries(split, manifest)]
 
 
 def _candidates() -> list[tuple[str, str, bytes]]:

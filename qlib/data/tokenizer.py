@@ -1,12 +1,17 @@
 """Train a byte-level BPE tokenizer and turn documents into token ids."""
 
+import hashlib
+import io
+import zipfile
+from importlib import metadata
 from typing import Iterable, Sequence
 
 import numpy as np
 
 from qlib.errors import UserError
+from qlib.paths import cache_folder, write_atomic
 
-__all__ = ["END", "train_tokenizer", "start_token", "cut_places", "encode", "encode_stream"]
+__all__ = ["END", "train_tokenizer", "start_token", "cut_places", "encode", "encode_once", "encode_stream"]
 
 END = "<|endoftext|>"  # ends a document, and stands before a text as its only context
 
@@ -53,6 +58,33 @@ def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
     if not texts:
         return []
     return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def encode_once(tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """`encode`, kept as a file that goes by the content of tokenizer and texts: `[tokens]` for each text.
+
+    Every strategy reads the same texts, and tokenizing them takes longer than many a recipe.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if not texts or core is None:  # a tokenizer in Python: nothing tells its whole state
+        return [np.array(ids, dtype=np.int32) for ids in encode(tokenizer, texts)]
+    state = [core.to_str(), metadata.version("tokenizers"), getattr(tokenizer, "split_special_tokens", None)]
+    digest = hashlib.sha256(repr(state).encode("utf-8"))
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode("utf-8")).digest())
+    path = cache_folder() / "ids" / f"{digest.hexdigest()[:32]}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            flat, lengths = stored["ids"], stored["lengths"]
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):  # not there, or not whole
+        documents = encode(tokenizer, texts)
+        lengths = np.array([len(ids) for ids in documents], dtype=np.int64)
+        flat = np.fromiter((i for ids in documents for i in ids), np.int32, count=int(lengths.sum()))
+        buffer = io.BytesIO()
+        np.savez(buffer, ids=flat, lengths=lengths)
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, buffer.getvalue())
+    return np.split(flat, np.cumsum(lengths)[:-1])
 
 
 def encode_stream(tokenizer, texts: Sequence[str], chunk: int = 256) -> np.ndarray:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from qlib.evaluate.items import Item
+from qlib.evaluate.logits import ModelLogits
 from qlib.evaluate.precision import in_float32
-from qlib.evaluate.quality import log_probabilities, score_items, score_windows
+from qlib.evaluate.quality import SCORER, log_probabilities, score_items, score_windows
 from qlib.models.load import Subject, load
 from qlib.paths import cache_folder
 
@@ -44,17 +45,11 @@ class Shown:
 
 def answer(subject: Subject, items: Sequence[Item], windows: Sequence[Sequence[int]], start: int) -> Answers:
     """Score items and windows in fp32."""
-    logits_of = logits_function(subject)
+    logits_of = ModelLogits(subject.model)
     with in_float32(subject.model):
         inside, alone = score_items(logits_of, items, start)
         scores = score_windows(logits_of, windows, start)
     return Answers(inside, alone, scores.nll, scores.tokens)
-
-
-def logits_function(subject: Subject):
-    """Token ids in, logits of the last `keep` positions out."""
-    model = subject.model
-    return lambda ids, keep: model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=keep).logits
 
 
 def weights_hash(folder: Path) -> str:
@@ -76,16 +71,18 @@ def baseline_answers(
 ) -> tuple[Answers, "Shown"]:
     """Answers of the uncompressed bf16 model, and its distributions on the windows `shown`.
 
-    Loads the model again from where the subject came from, unless the artefact is there already. The log-probabilities
-    are opened memory-mapped, so that a large vocabulary costs disk and not memory.
+    Loads the model again from where the subject came from, unless the artefact is there already: one for each
+    protocol, version of the scorer, kind of device, and version of torch. The log-probabilities are opened
+    memory-mapped, so that a large vocabulary costs disk and not memory.
     """
+    protocol = protocol | {"scorer": SCORER, "device": subject.model.device.type, "torch": torch.__version__}
     key = hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / "baseline" / key
     if not (folder / "answers.npz").exists():
         folder.mkdir(parents=True, exist_ok=True)
         fresh = load(subject.source.name, str(subject.model.device), subject.source.revision)
         answers = answer(fresh, items, windows, start)
-        logits_of = logits_function(fresh)
+        logits_of = ModelLogits(fresh.model)
         with in_float32(fresh.model):
             pairs = [(row.half().cpu(), row.argmax(-1).cpu()) for row in log_probabilities(logits_of, shown, start)]
         first, top = (torch.cat(parts).numpy() for parts in zip(*pairs))
@@ -110,7 +107,7 @@ def divergence(
     subject: Subject, shown: Sequence[Sequence[int]], reference: Shown, start: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """KL divergence from the baseline in nats, and whether both rank the same token first: `[tokens]` each."""
-    logits_of, at = logits_function(subject), 0
+    logits_of, at = ModelLogits(subject.model), 0
     kl, agree = [], []
     with in_float32(subject.model):
         for ours in log_probabilities(logits_of, shown, start):

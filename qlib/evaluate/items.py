@@ -55,6 +55,7 @@ def build_items(
     poor model tells them apart by topic. Levels take turns, so that each gets about a third of the items.
 
     Args:
+        documents: token ids of each, as lists or arrays.
         cuts: for each kind of cut the ids of tokens that a continuation may begin with; None: any.
         limit: at most so many items, spread evenly over documents; None: all.
 
@@ -62,14 +63,16 @@ def build_items(
         UserError: no document is long enough.
     """
     generator = np.random.default_rng(seed)
+    begins = {kind: None if allowed is None else np.fromiter(allowed, np.int64) for kind, allowed in cuts.items()}
     items = []
-    for number, ids in enumerate(documents):
-        inside = range(SPAN, len(ids) - SPAN)  # the start of a document is its licence, the same in many
+    for number, document in enumerate(documents):
+        ids = np.asarray(document)
+        inside = np.arange(SPAN, len(ids) - SPAN)  # the start of a document is its licence, the same in many
         taken: list[int] = []
         for turn in range(PASSAGES):
             level = (number + turn) % len(LEVELS)
-            allowed = cuts[LEVELS[level].cut]
-            places = [at for at in inside if allowed is None or ids[at] in allowed]
+            allowed = begins[LEVELS[level].cut]
+            places = inside if allowed is None else inside[np.isin(ids[inside], allowed)]
             item = _draw(ids, places, taken, number, level, generator) if len(places) >= FEWEST else None
             items += [item] if item else []
     if not items:
@@ -80,7 +83,7 @@ def build_items(
 
 
 def _draw(
-    ids: Sequence[int], places: list[int], taken: list[int], document: int, level: int, generator: np.random.Generator
+    ids: np.ndarray, places: np.ndarray, taken: list[int], document: int, level: int, generator: np.random.Generator
 ) -> Item | None:
     """One item at a random place that keeps its distance from those `taken`, or None if the document has no room."""
     context, length = LEVELS[level].context, LEVELS[level].continuation
@@ -88,15 +91,15 @@ def _draw(
     split = next((int(at) for at in order if all(abs(at - other) >= SPAN for other in taken)), None)
     if split is None:
         return None
-    options = [tuple(ids[split : split + length])]
+    options = [tuple(ids[split : split + length].tolist())]
     for at in order:
-        other = tuple(ids[at : at + length])
+        other = tuple(ids[at : at + length].tolist())
         # What touches the passage, or says the same, would make two answers right.
         if (at + length <= split - context or at >= split + length) and other not in options:
             options.append(other)
         if len(options) == CHOICES:
             taken.append(split)
-            return Item(document, level, tuple(ids[split - context : split]), tuple(options))
+            return Item(document, level, tuple(ids[split - context : split].tolist()), tuple(options))
     return None
 
 
@@ -108,5 +111,5 @@ def cut_windows(documents: Sequence[Sequence[int]], length: int, per_document: i
         for part in range(count):
             room = max(len(ids) - length, 0)
             start = round(room * (part + 1) / (count + 1))
-            windows.append((number, list(ids[start : start + length])))
+            windows.append((number, np.asarray(ids[start : start + length]).tolist()))
     return [(number, ids) for number, ids in windows if len(ids) > 1]

@@ -6,7 +6,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from qlib.data.source import hash_documents, read_documents
-from qlib.data.tokenizer import encode, cut_places, start_token
+from qlib.data.tokenizer import cut_places, encode_once, start_token
 from qlib.evaluate.baseline import Shown, answer, baseline_answers, divergence, weights_hash
 from qlib.evaluate.items import LEVELS, build_items, cut_windows
 from qlib.evaluate.statistics import ratio_interval, resample
@@ -47,7 +47,7 @@ def evaluate(subject: Subject, evaluation: Any, against: str | None = "baseline"
     documents = read_documents(evaluation.text, "evaluation")
     if evaluation.documents is not None:
         documents = documents[: evaluation.documents]
-    ids = encode(subject.tokenizer, [document.text for document in documents])
+    ids = encode_once(subject.tokenizer, [document.text for document in documents])
     start = start_token(subject.tokenizer)
     items = build_items(ids, cut_places(subject.tokenizer), seed, evaluation.items)
     windows = cut_windows(ids, evaluation.length)

@@ -5,10 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from qlib.errors import UserError
+
 __all__ = ["PrunedWeight", "mark_pruned", "put_pruned", "mask_of"]
 
 #: Marks a linear whose zeros are a mask. An attribute and not a buffer: the zeros hold the mask, a copy would take memory.
 MARK = "zeros_are_pruned"
+
+
+def misfit(mask: torch.Tensor, weight: torch.Tensor) -> str:
+    """What is wrong with a mask of another shape than the weight or scores it is for."""
+    return f"mask: its shape {list(mask.shape)} does not fit the weight's {list(weight.shape)}"
 
 
 @dataclass(frozen=True)
@@ -18,10 +25,17 @@ class PrunedWeight:
     Attributes:
         weight: `[out, in]`; what `mask` excludes is ignored.
         mask: bool `[out, in]`, true where a weight stays.
+
+    Raises:
+        UserError: the mask has another shape than the weight.
     """
 
     weight: torch.Tensor
     mask: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.mask.shape != self.weight.shape:
+            raise UserError(misfit(self.mask, self.weight))
 
     def dequantize(self) -> torch.Tensor:
         """The fp32 weight `[out, in]` with zeros where the mask is false."""
@@ -35,7 +49,13 @@ def mark_pruned(linear: nn.Module) -> None:
 
 @torch.no_grad()
 def put_pruned(linear: nn.Linear, pruned: PrunedWeight) -> None:
-    """Write a pruned weight into `linear` in place and mark its zeros as a mask."""
+    """Write a pruned weight into `linear` in place and mark its zeros as a mask.
+
+    Raises:
+        UserError: the mask has another shape than the linear's weight.
+    """
+    if pruned.mask.shape != linear.weight.shape:
+        raise UserError(misfit(pruned.mask, linear.weight))
     linear.weight.copy_(pruned.dequantize())
     mark_pruned(linear)
 

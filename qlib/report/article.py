@@ -5,56 +5,76 @@ from dataclasses import dataclass
 from qlib.report import numbers
 from qlib.report.book import SPEED_MODEL, Book, Entry
 from qlib.report.html import Cell, Column, Table
+from qlib.report.relations import control_of, is_control, kinds, wholes
 
-__all__ = ["CLAIMS", "QWEN_MMLU", "Claim", "article_table", "chosen", "small_speed_model"]
+__all__ = ["CLAIMS", "QWEN_MMLU", "Claim", "article_table", "chosen", "candidates", "smaller"]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A row of the article's table.
+    """A row of the article's table, or one of ours that it does not have.
 
     Attributes:
+        size, time, accuracy: what the article claims, in MB, ms and percent; None: it claims nothing.
         format: what the name of a strategy's number format must begin with to stand in this row.
+        kind: what a strategy must do besides to stand in this row, as `relations.kinds` calls it.
         mmlu: the row of Qwen's own table that is closest, if any.
     """
 
     family: str
     title: str
-    size: float  # MB
-    time: float  # ms
-    accuracy: float  # percent
+    size: float | None = None
+    time: float | None = None
+    accuracy: float | None = None
     format: str = ""
+    kind: str = ""
     mmlu: str = ""
 
 
-#: The table as the Chinese article prints it; it names neither model nor data nor device.
+#: The table as the Chinese article prints it (it names neither model nor data nor device), and what it leaves out.
 CLAIMS = (
     Claim("baseline", "None", 150, 120, 95.2, mmlu="bf16"),
     Claim("pruning", "Pruning", 100, 90, 94.5),
     Claim("weight_quantization", "Weight quantization", 75, 70, 93.8, format="int4", mmlu="int4"),
     Claim("mixed_precision", "Mixed precision", 80, 75, 94.0),
+    Claim("finetuning", "Pruning, then recovery", kind="prune"),
+    Claim("finetuning", "Post-quantization fine-tuning", kind="quantize"),
+    Claim("combined", "Combined"),
 )
 
 #: MMLU of Qwen-72B-Chat as its authors report it: https://github.com/QwenLM/Qwen, README, section Quantization.
 QWEN_MMLU = {"bf16": 74.4, "int8": 73.5, "int4": 73.4}
 
 UNMEASURED = "not measured yet"
+UNCLAIMED = Cell("not claimed", kind="absent")
+SMALLER = 0.95  # a strategy counts as smaller from this share of the baseline's bytes on disk
+
+
+def candidates(book: Book, claim: Claim) -> list[Entry]:
+    """The measured strategies of a row's family and kind; of combined recipes only the whole ones."""
+    rows = [e for e in book.of(family=claim.family) if e.measurements and not is_control(e)]
+    rows = [e for e in rows if not claim.kind or claim.kind in kinds(e)]
+    home = "cpu" if any(e.device == "cpu" for e in rows) else None
+    rows = [e for e in rows if e.device == (home or e.device)]
+    rows = [e for e in rows if str(e.record.get("shape_format") or "").startswith(claim.format)]
+    return wholes(book, rows)
 
 
 def chosen(book: Book, claim: Claim) -> Entry | None:
     """The strategy that stands for a row: of those that become as small as claimed, the one that loses least accuracy.
 
-    Where none becomes as small, it is the one that loses least among all of the row's family and format.
+    Where none does, it is the one that loses least among those at least 5 % smaller than the baseline on disk. Zeros
+    in a dense matrix take the space of other numbers, so that they never qualify.
     """
-    rows = [e for e in book.of(family=claim.family) if e.measurements]
-    home = "cpu" if any(e.device == "cpu" for e in rows) else None
-    rows = [e for e in rows if e.device == (home or e.device)]
-    rows = [e for e in rows if str(e.record.get("shape_format") or "").startswith(claim.format)]
-    small = [e for e in rows if _small_enough(book, e, claim.size / CLAIMS[0].size)]
-    return max(small or rows, key=_accuracy, default=None)
+    rows = candidates(book, claim)
+    if claim.family == "baseline":
+        return next(iter(rows), None)
+    small = [e for e in rows if claim.size and smaller(book, e, claim.size / CLAIMS[0].size)]
+    return max(small or [e for e in rows if smaller(book, e)], key=_accuracy, default=None)
 
 
-def _small_enough(book: Book, entry: Entry, share: float) -> bool:
+def smaller(book: Book, entry: Entry, share: float = SMALLER) -> bool:
+    """Whether the strategy takes at most this share of the baseline's bytes on disk."""
     baseline = book.baseline(entry)
     size, whole = (numbers.number(e and e.measure("size.disk_bytes")) for e in (entry, baseline))
     return bool(size and whole and size <= share * whole)
@@ -67,14 +87,9 @@ def _accuracy(entry: Entry) -> float:
     return -float("inf")
 
 
-def small_speed_model(book: Book) -> str:
-    """The speed record that holds the quality subject's own shape: it carries the subject's name."""
-    return book.models[0] if book.models else ""
-
-
 def article_table(book: Book) -> Table:
     """Size, request time and accuracy: claimed, measured on the quality subject, and at the shape of Qwen-72B."""
-    subject = small_speed_model(book) or "quality subject"
+    subject = next(iter(book.models), "quality subject")  # the name of its own speed record, too
     groups = ("Claimed by the article", f"Measured on {subject}", "At the true shape of Qwen-72B")
     rows = [_row(book, claim, subject) for claim in CLAIMS]
     columns = [Column("Method")]
@@ -83,36 +98,44 @@ def article_table(book: Book) -> Table:
     caption = (
         "What the article claims, and what was measured. A request is a prefill of 256 tokens and 32 new ones, "
         "batch 1. Small print: interval, and how many times smaller or faster than without compression. A row shows "
-        "the strategy that loses least accuracy among those of its family that become as small as claimed. "
-        "1 MB = 1,000,000 bytes."
+        "the strategy that loses least accuracy among those of its family that become as small as claimed; where none "
+        "does or nothing is claimed, among those at least 5 % smaller than the baseline on disk. A control is the "
+        "uncompressed model after the same training. 1 MB = 1,000,000 bytes."
     )
     return Table(columns, rows, caption, "article")
 
 
 def _row(book: Book, claim: Claim, subject: str) -> list[Cell]:
     entry = chosen(book, claim)
-    first = CLAIMS[0]
-    cells = [
-        Cell(claim.title, (_name(entry),)),
-        Cell(f"{claim.size:.0f} MB", (_times(first.size, claim.size, "smaller"),)),
-        Cell(f"{claim.time:.0f} ms", (_times(first.time, claim.time, "faster"),)),
-        Cell(f"{claim.accuracy:.1f} %", (_points(first.accuracy, claim.accuracy),)),
-    ]
+    cells = [Cell(claim.title, (_name(entry),)), *_claimed(claim)]
     if entry is None:
-        return cells + [Cell(UNMEASURED, kind="absent")] * 5 + [_published(claim)]
-    baseline = book.baseline(entry)
+        why = "none becomes smaller" if candidates(book, claim) else UNMEASURED
+        return cells + [Cell(why, kind="absent")] * 5 + [_published(claim)]
+    baseline, control = book.baseline(entry), control_of(book, entry)
     disk, whole = entry.measure("size.disk_bytes"), baseline and baseline.measure("size.disk_bytes")
     accuracy, delta = entry.measure("quality.accuracy"), entry.measure("quality.accuracy_delta")
     change = f"{numbers.write(delta, 'value')} ({numbers.interval(delta)})" if numbers.number(delta) is not None else ""
+    trained_on = f"control {numbers.write(control.measure('quality.accuracy'), 'value')}" if control else ""
     cells += [
         Cell(numbers.write(disk), (_smaller(whole, disk),)),
         _request(book, entry, subject),
-        Cell(numbers.write(accuracy, "value"), (numbers.interval(accuracy), change)),
+        Cell(numbers.write(accuracy, "value"), (numbers.interval(accuracy), change, trained_on)),
     ]
     shape = book.shape(entry, SPEED_MODEL, _device(book, entry, SPEED_MODEL)).get("size.disk_bytes")
     base = baseline and book.shape(baseline, SPEED_MODEL, _device(book, baseline, SPEED_MODEL)).get("size.disk_bytes")
     cells.append(Cell(numbers.write(shape), (_smaller(base, shape),)))
     return [*cells, _request(book, entry, SPEED_MODEL), _published(claim)]
+
+
+def _claimed(claim: Claim) -> list[Cell]:
+    if not claim.size:
+        return [UNCLAIMED] * 3
+    first = CLAIMS[0]
+    return [
+        Cell(f"{claim.size:.0f} MB", (_times(first.size, claim.size, "smaller"),)),
+        Cell(f"{claim.time:.0f} ms", (_times(first.time, claim.time, "faster"),)),
+        Cell(f"{claim.accuracy:.1f} %", (_points(first.accuracy, claim.accuracy),)),
+    ]
 
 
 def _name(entry: Entry | None) -> str:

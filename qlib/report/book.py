@@ -17,7 +17,7 @@ __all__ = ["Entry", "Book", "collect", "sources", "SPEED_MODEL", "FAILED"]
 
 SPEED_MODEL = "qwen-72b"  # the true shape that the report's headline figures are about
 FAILED = ("failed", "crashed", "timeout", "interrupted")
-APART = ("speed", "reference", "report", "lesson")  # families that are no strategies
+APART = ("speed", "training", "reference", "report", "lesson")  # families that are no strategies
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,12 @@ class Book:
             if entry.family == "speed" and entry.record.get("formats"):
                 found.setdefault(entry.model, {})[entry.device] = entry
         return found
+
+    @property
+    def training(self) -> Entry | None:
+        """The record of training in several precisions, if there is one; a quick check only where there is no other."""
+        found = [e for e in self.entries if e.family == "training" and e.record.get("formats")]
+        return min(found, key=lambda e: (e.tier == "smoke", e.order), default=None)
 
     @cached_property
     def models(self) -> list[str]:
@@ -222,7 +228,8 @@ def _entry(folder: Path, state: str, record: dict, status: dict, plans: dict, na
     model, device, name = names
     name = str(record.get("name") or name)
     params = record.get("params") or plans.get(name, {})
-    family = str(record.get("family") or params.get("family") or ("speed" if name.startswith("speed-") else "other"))
+    kind = next((kind for kind in APART if name.startswith(f"{kind}-")), "other")
+    family = str(record.get("family") or params.get("family") or kind)
     return Entry(name, family, state, model, device, folder, record, status, params)
 
 

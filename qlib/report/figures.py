@@ -6,17 +6,26 @@ Sizes and letters are made for a phone; a family has one colour and one marker e
 import itertools
 from typing import Callable
 
+from qlib.report.labels import name_points, plain_ticks
 from qlib.report.measures import family_label
-from qlib.report.theme import HEIGHT, INK, PAPER, SOFT, WIDTH, family_mark, style
+from qlib.report.theme import HEIGHT, INK, LINE, PAPER, SOFT, WIDTH, family_mark, style
 
-__all__ = ["pareto", "accuracy_deltas", "accuracy_by_level", "speed_bars", "layer_errors", "loss_curve"]
+__all__ = [
+    "pareto", "accuracy_deltas", "perplexity_ratios", "accuracy_by_level", "speed_bars", "layer_errors", "loss_curve",
+    "kept_cells", "error_by_kept",
+    "weight_histogram", "matrix_steps", "error_by_column",
+]  # fmt: skip
 
 NAMES = {
     "bits": "Bits per weight, whole model",
     "disk": "Size on disk (MB)",
     "perplexity": "Perplexity (lower is better)",
     "accuracy": "Accuracy (%, higher is better)",
+    "delta": "Change of accuracy (points)",
+    "ratio": "Perplexity ratio to {}",
 }
+FEW = 12  # points that can all be named
+IN_AXES = 3  # lines that a legend inside the axes can name
 ROW = 0.29  # inches of a line in a figure that lists strategies
 
 
@@ -48,10 +57,11 @@ def _families(axes, families, columns: int = 2) -> None:
     axes.figure.legend(handles=keys, loc="outside lower center", ncols=min(columns, len(keys)), handletextpad=0.3)
 
 
-def _points(axes, row, x, y, xerr=None, yerr=None, size: float = 6) -> None:
+def _points(axes, row, x, y, xerr=None, yerr=None, size: float = 6, fill: str = "full") -> None:
     """One strategy's value in its family's colour and marker, with its interval."""
     color, marker = family_mark(row["family"])
     look = {"color": color, "marker": marker, "markersize": size, "capsize": 2.5, "linewidth": 1.2}
+    look |= {"fillstyle": fill, "markerfacecoloralt": PAPER}
     axes.errorbar(x, y, xerr=xerr, yerr=yerr, **look)
 
 
@@ -81,14 +91,15 @@ def pareto(frame, x: str = "disk", y: str = "accuracy"):
         axes.set_xscale("log")
         if y == "perplexity":
             axes.set_yscale("log")
-        _plain_ticks(axes, frame[x], frame[y] if y == "perplexity" else None)
+        plain_ticks(axes, frame[x], frame[y] if y == "perplexity" else None)
         axes.set_xlabel(NAMES[x])
         axes.set_ylabel(NAMES[y])
         axes.margins(x=0.2, y=0.15)
-        _name_points(axes, frame, front, x, y)
         _families(axes, frame["family"])
+        name_points(axes, frame, front, x, y, all=len(frame) <= FEW)
 
-    return _drawn(draw, HEIGHT + 0.6, "" if len(frame) else "Nothing has been measured yet.")
+    height = HEIGHT + 0.6 + 0.06 * max(len(frame) - FEW, 0)
+    return _drawn(draw, height, "" if len(frame) else "Nothing has been measured yet.")
 
 
 def pareto_front(frame, x: str, y: str):
@@ -98,94 +109,72 @@ def pareto_front(frame, x: str, y: str):
     return ordered[(ordered[y] == best) & ~best.duplicated()]
 
 
-def _plain_ticks(axes, xs, ys=None) -> None:
-    """Few ticks with ordinary numbers on logarithmic axes."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    for axis, values in ((axes.xaxis, xs), (axes.yaxis, ys)):
-        if values is None:
-            continue
-        range_ = max(values) / min(values)
-        steps = (1,) if range_ > 1000 else (1, 2, 5) if range_ > 20 else (1, 1.5, 2, 3, 5, 7)
-        axis.set_major_locator(LogLocator(subs=steps))
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _name_points(axes, frame, front, x: str, y: str) -> None:
-    """Names beside the points of the front, each where it covers no point and no other name."""
-    axes.figure.canvas.draw()
-    letter, line = axes.figure.dpi / 72 * 5.2, axes.figure.dpi / 72 * 11  # about, of 9-point text
-    taken = []
-    for _, row in frame.iterrows():
-        ends = [row[f"{y}_{end}"] if row[f"{y}_{end}"] == row[f"{y}_{end}"] else row[y] for end in ("low", "high")]
-        (px, low), (_, high) = (axes.transData.transform((row[x], end)) for end in ends)
-        taken.append((px - 5, low - 5, px + 5, high + 5))
-    corners = [axes.transData.transform((row[x], row[y])) for _, row in front.iterrows()]
-    for (ax, ay), (bx, by) in zip(corners, corners[1:]):
-        steps = [(ax + (bx - ax) * i / 40, ay + (by - ay) * i / 40) for i in range(41)]
-        taken += [(px - 1, py - 1, px + 1, py + 1) for px, py in steps]
-    left, right = axes.bbox.x0, axes.figure.bbox.x1
-    for _, row in front.iterrows():
-        px, py = axes.transData.transform((row[x], row[y]))
-        width = letter * len(str(row["strategy"]))
-        places = [(side, lift) for lift in (0.2, 1, -1, 1.9, -1.9, 2.8, -2.8, -3.7, 3.7) for side in (1, -1)]
-        boxes = [(px + 8 if s > 0 else px - 8 - width, py + (up - 0.5) * line, s, up) for s, up in places]
-        boxes = [(bx, by, bx + width, by + line, s, up) for bx, by, s, up in boxes if bx > left and bx + width < right]
-        best = next((box for box in boxes if not any(_overlap(box, other) for other in taken)), None)
-        if best is None:  # too crowded: the data table names it
-            continue
-        taken.append(best[:4])
-        shift = (8 * 72 / axes.figure.dpi * best[4], best[5] * 11)
-        side = "left" if best[4] > 0 else "right"
-        leader = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.7, "shrinkA": 0} if abs(best[5]) > 1 else None
-        text = {"textcoords": "offset points", "fontsize": 9, "ha": side, "va": "center", "arrowprops": leader}
-        axes.annotate(str(row["strategy"]), (row[x], row[y]), shift, **text)
-
-
-def _overlap(a, b) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
 def accuracy_deltas(frame):
     """A forest plot: change of accuracy against the baseline with its paired interval, zero and gate as lines."""
 
+    def gate(axes):
+        gates = frame["gate"].dropna()
+        if len(gates):
+            axes.axvline(gates.iloc[0], color=SOFT, linewidth=1.2, linestyle="--")
+            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right"}
+            axes.annotate("gate", (gates.iloc[0], 1), (-3, 3), color=SOFT, fontsize=9, **where)
+        axes.set_xlabel(NAMES["delta"])
+
+    return _forest(frame, "delta", 0, gate)
+
+
+def perplexity_ratios(frame, to: str = "the baseline"):
+    """A forest plot on a logarithmic axis: perplexity over that of `to`, with its paired interval.
+
+    Args:
+        frame: as of `frames.ratio_frame` or `frames.ablation_frame`.
+    """
+
+    def scale(axes):
+        axes.set_xscale("log")
+        plain_ticks(axes, [1, *frame["ratio"]])
+        axes.set_xlabel(NAMES["ratio"].format(to))
+
+    return _forest(frame, "ratio", 1, scale)
+
+
+def _forest(frame, name: str, none: float, finish: Callable):
+    """A line per strategy: its value and interval, and where no difference would be."""
+
     def draw(axes):
         for place, (_, row) in enumerate(frame.iterrows()):
-            _points(axes, row, row["delta"], place, xerr=_whiskers(row, "delta"))
-        axes.axvline(0, color=INK, linewidth=1.2)
-        gate = frame["gate"].dropna()
-        if len(gate):
-            axes.axvline(gate.iloc[0], color=SOFT, linewidth=1.2, linestyle="--")
-            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right"}
-            axes.annotate("gate", (gate.iloc[0], 1), (-3, 3), color=SOFT, fontsize=9, **where)
+            _points(axes, row, row[name], place, xerr=_whiskers(row, name))
+        axes.axvline(none, color=INK, linewidth=1.2)
+        finish(axes)
         axes.set_yticks(range(len(frame)), frame["strategy"])
-        axes.invert_yaxis()
+        axes.set_ylim(len(frame) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("Change of accuracy (points)")
         _families(axes, frame["family"])
 
     return _drawn(draw, 1.5 + ROW * len(frame), "" if len(frame) else "Nothing has been compared yet.")
 
 
 def accuracy_by_level(frame):
-    """Accuracy by difficulty level, a line per strategy in its family's colour, named at its end."""
+    """Accuracy by difficulty level, a line per strategy; how full a mark is tells the level."""
+    strategies, levels = (list(dict.fromkeys(frame[name])) for name in ("strategy", "level"))
 
     def draw(axes):
-        levels = list(dict.fromkeys(frame["level"]))
-        strategies = list(dict.fromkeys(frame["strategy"]))
-        for place, strategy in enumerate(strategies):
-            rows = frame[frame["strategy"] == strategy]
-            shift = (place - (len(strategies) - 1) / 2) * 0.5 / max(len(strategies), 1)
-            for _, row in rows.iterrows():
-                where = levels.index(row["level"]) + shift
-                _points(axes, row, where, row["accuracy"], yerr=_whiskers(row, "accuracy"), size=5)
-        axes.set_xticks(range(len(levels)), levels)
-        axes.set_xlabel("Difficulty level")
-        axes.set_ylabel("Accuracy (%)")
+        from matplotlib.lines import Line2D
+
+        fills = dict(zip(levels, itertools.cycle(("full", "left", "none"))))
+        for _, row in frame.iterrows():
+            place = strategies.index(row["strategy"]) + 0.18 * (levels.index(row["level"]) - (len(levels) - 1) / 2)
+            _points(axes, row, row["accuracy"], place, xerr=_whiskers(row, "accuracy"), fill=fills[row["level"]])
+        axes.set_yticks(range(len(strategies)), strategies)
+        axes.set_ylim(len(strategies) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("Accuracy (%)")
+        look = {"color": SOFT, "marker": "o", "linestyle": "", "markerfacecoloralt": PAPER}
+        keys = [Line2D([], [], fillstyle=fills[level], label=level, **look) for level in levels]
+        axes.figure.legend(handles=keys, loc="outside upper center", ncols=len(keys), handletextpad=0.3)
         _families(axes, frame["family"])
 
-    return _drawn(draw, HEIGHT + 0.6, "" if len(frame) else "No levels were recorded.")
+    return _drawn(draw, 1.9 + ROW * len(strategies), "" if len(frame) else "No levels were recorded.")
 
 
 def speed_bars(frame, part: str = "decode"):
@@ -224,39 +213,48 @@ def speed_bars(frame, part: str = "decode"):
 
 def layer_errors(frame):
     """Reconstruction error of every linear by block, a line per kind of linear."""
-    import seaborn
 
     def draw(axes):
-        palette = dict(zip(dict.fromkeys(frame["linear"]), itertools.cycle(_colors())))
-        look = {"markers": True, "dashes": False, "palette": palette, "errorbar": None, "legend": "full"}
-        seaborn.lineplot(frame, x="block", y="error", hue="linear", style="linear", ax=axes, **look)
+        _lines(axes, frame, ("block", "Block"), ("error", "Relative error"), "linear")
         axes.set_yscale("log")
-        axes.set_xlabel("Block")
-        axes.set_ylabel("Relative error")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        handles, labels = axes.get_legend_handles_labels()
-        axes.get_legend().remove()
-        axes.figure.legend(handles, labels, loc="outside lower center", ncols=3, handletextpad=0.3, columnspacing=1)
 
     return _drawn(draw, HEIGHT + 0.7, "" if len(frame) else "No layer errors were recorded.")
 
 
 def loss_curve(frame):
     """Training loss over tokens, one line per series."""
-    import seaborn
 
     def draw(axes):
-        palette = dict(zip(dict.fromkeys(frame["series"]), itertools.cycle(_colors())))
-        look = {"palette": palette, "errorbar": None, "legend": "full"}
-        seaborn.lineplot(frame, x="tokens", y="loss", hue="series", style="series", ax=axes, **look)
-        axes.set_xlabel("Tokens")
-        axes.set_ylabel("Loss (nats per token)")
+        _lines(axes, frame, ("tokens", "Tokens"), ("loss", "Loss (nats per token)"), "series", markers=False)
         axes.xaxis.set_major_formatter(_tokens)
-        axes.get_legend().set_title("")
-        if frame["series"].nunique() == 1:
-            axes.get_legend().remove()
 
-    return _drawn(draw, HEIGHT, "" if len(frame) else "No loss was recorded.")
+    count = frame["series"].nunique()
+    height = HEIGHT + (0.1 * count if count > IN_AXES else 0)
+    return _drawn(draw, height, "" if len(frame) else "No loss was recorded.")
+
+
+def _lines(axes, frame, x: tuple[str, str], y: tuple[str, str], by: str, markers: bool = True) -> None:
+    """A line per value of the column `by`, named beside or, where there are many, below the axes.
+
+    Args:
+        x, y: column and label.
+        markers: tell lines apart by marks instead of dashes.
+    """
+    import seaborn
+
+    names = list(dict.fromkeys(frame[by]))
+    look = {"markers": True, "dashes": False} if markers else {}
+    look |= {"palette": dict(zip(names, itertools.cycle(_colors()))), "errorbar": None, "legend": "full"}
+    seaborn.lineplot(frame, x=x[0], y=y[0], hue=by, style=by, ax=axes, **look)
+    axes.set(xlabel=x[1], ylabel=y[1])
+    axes.get_legend().set_title("")
+    if len(names) == 1 or len(names) > IN_AXES:
+        handles, labels = axes.get_legend_handles_labels()
+        axes.get_legend().remove()
+        columns = {"ncols": 3 if max(map(len, labels)) < 12 else 2, "columnspacing": 1, "handletextpad": 0.3}
+        if len(names) > 1:
+            axes.figure.legend(handles, labels, loc="outside lower center", **columns)
 
 
 def _colors() -> list[str]:
@@ -267,3 +265,107 @@ def _colors() -> list[str]:
 
 def _tokens(value: float, _) -> str:
     return f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k" if value else "0"
+
+
+def weight_histogram(frame):
+    """Weights as bars and, for each number of bits, what is left of them: a stem per stored value, one row each.
+
+    Args:
+        frame: bits, weight, stored: a line for every weight at every number of bits.
+    """
+
+    def draw(axes):
+        figure, widths = axes.figure, list(dict.fromkeys(frame["bits"]))
+        axes.remove()
+        rows = figure.subplots(len(widths), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        for row, bits in zip(rows, widths):
+            part = frame[frame["bits"] == bits]
+            shared = part["stored"].value_counts()
+            row.hist(part["weight"], bins=31, color=LINE, edgecolor=SOFT, linewidth=0.5)
+            row.vlines(shared.index, 0, shared, color=_colors()[0], linewidth=1.6)
+            row.plot(shared.index, shared, "o", color=_colors()[0], markersize=4)
+            row.set_ylabel(f"{bits} bits")
+        rows[-1].set_xlabel("Weight")
+
+    return _drawn(draw, HEIGHT + 0.9, "" if len(frame) else "No weights were rounded.")
+
+
+def matrix_steps(frame):
+    """How far each weight of a small matrix has moved as its columns are fixed from left to right, one panel per step.
+
+    Args:
+        frame: fixed (number of final columns), row, column, change.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    def draw(axes):
+        figure, steps = axes.figure, list(dict.fromkeys(frame["fixed"]))
+        axes.remove()
+        # Not quite the palette's colours: those follow the page, and cells must keep their order on a dark one.
+        tones = LinearSegmentedColormap.from_list("moved", ["#0070b0", "#f0f0f0", "#d45d00"])
+        panels, far = figure.subplots(-(-len(steps) // 4), 4, squeeze=False).ravel(), frame["change"].abs().max() or 1
+        for panel, fixed in zip(panels, steps):
+            matrix = frame[frame["fixed"] == fixed].pivot(index="row", columns="column", values="change")
+            drawn = panel.pcolormesh(matrix, cmap=tones, vmin=-far, vmax=far, edgecolor=PAPER, linewidth=0.6)
+            panel.axvline(fixed, color=INK, linewidth=2.2)
+            panel.set_title(f"{fixed} fixed", fontsize=9)
+        for panel in panels:
+            panel.set_axis_off()
+            panel.invert_yaxis()
+        figure.colorbar(drawn, ax=panels.tolist(), location="bottom", aspect=40, label="Change of the weight")
+
+    return _drawn(draw, HEIGHT, "" if len(frame) else "Nothing was rounded.")
+
+
+def error_by_column(frame):
+    """Error of a layer's outputs over the number of columns that are rounded, a line per method."""
+
+    def draw(axes):
+        _lines(axes, frame, ("columns", "Columns that are fixed"), ("error", "Relative error of the outputs"), "method")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return _drawn(draw, HEIGHT, "" if len(frame) else "Nothing was rounded.")
+
+
+def kept_cells(frame, across: str = "Input", down: str = "Output"):
+    """Which cells of small matrices stayed: filled where something stayed, a panel each, side by side.
+
+    Args:
+        frame: as of `frames.kept_frame`.
+        across: what a column is. down: what a row is.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    panels = list(dict.fromkeys(frame["panel"]))
+    with matplotlib.rc_context(style()):
+        cell = min(WIDTH / len(panels) / (frame["column"].max() + 1), 0.28)  # inches
+        figure = Figure(figsize=(WIDTH, min(max(cell * (frame["row"].max() + 1), 1.2), 6) + 0.9))
+        for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
+            cells = frame[frame["panel"] == panel]
+            stayed = cells[cells["kept"]]
+            places = zip(stayed["column"], stayed["row"])
+            squares = [Path([(c, r), (c + 0.9, r), (c + 0.9, r + 0.9), (c, r + 0.9), (c, r)]) for c, r in places]
+            axes.add_patch(PathPatch(Path.make_compound_path(*squares), color=family_mark("pruning")[0], linewidth=0))
+            axes.set(xlim=(0, cells["column"].max() + 1), ylim=(cells["row"].max() + 1, 0), xticks=[], yticks=[], xlabel=across)
+            axes.set_aspect("equal")
+            axes.set_title(panel, fontsize=10)
+            axes.grid(visible=False)
+        figure.axes[0].set_ylabel(down)
+        return figure
+
+
+def error_by_kept(frame):
+    """Relative error of an output against the share of a matrix that stayed, a line per way of pruning.
+
+    Args:
+        frame: share, error, series.
+    """
+    axis = ("share", "Share of the input channels that stayed")
+
+    def draw(axes):
+        _lines(axes, frame, axis, ("error", "Relative error of the output"), "series")
+
+    return _drawn(draw, HEIGHT, "" if len(frame) else "Nothing was pruned.")

@@ -1,9 +1,10 @@
 """Placeholders in Markdown cells: ``{{ quality.perplexity }}`` becomes the record's value, interval and unit.
 
 In a strategy's notebook a placeholder names a measurement, or one of its fields (``{{ quality.kl.value }}``). In the
-report it names the strategy first (``{{ rtn-int4: quality.perplexity }}``), or a speed record and a format
-(``{{ speed-qwen-72b: int4-g128.latency.decode_ms }}``). A measurement that is missing because a strategy failed reads
-"not measured"; a name that does not exist is an error.
+report it names the strategy first (``{{ rtn-int4: quality.perplexity }}``), and of a record that holds several formats
+the format too (``{{ speed-qwen-72b: int4-g128.latency.decode_ms }}``); so does a lesson, which measures nothing
+itself. A measurement that is missing because a strategy failed reads "not measured"; a name that does not exist is an
+error.
 """
 
 import re
@@ -13,17 +14,22 @@ from qlib.errors import UserError, nearest
 from qlib.progress import clock
 from qlib.report import numbers, words
 from qlib.report.book import Book, Entry
-from qlib.report.measures import FIELDS, MEASURES
+from qlib.report.measures import FAMILIES, FIELDS, MEASURES
 
-__all__ = ["fill", "entry_words", "book_words"]
+__all__ = ["fill", "escape", "entry_words", "book_words", "lesson_words"]
 
 PLACEHOLDER = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
+FORMATS = ("speed", "training")  # families whose records hold several formats side by side
 ASKED = (*FIELDS, "interval")
 ABOUT = ("name", "title", "model", "device", "protocol", "state", "duration", "peak_memory", "commit", "parameters")
 SENTENCES: dict[str, Callable[[Book], str]] = {
     "finding": words.finding,
     "article": words.article_verdict,
     "failures": words.failure_words,
+    "recovery": words.recovery_words,
+    "precision": words.precision_words,
+    "ablation": words.ablation_words,
+    "literature": words.literature_words,
 }
 
 
@@ -40,14 +46,14 @@ def fill(text: str, resolve: Callable[[str], str], where: str) -> str:
 
     def value(match: re.Match) -> str:
         try:
-            return _escape(numbers.bind(resolve(match[1].strip())))
+            return escape(numbers.bind(resolve(match[1].strip())))
         except UserError as error:
             raise UserError(f"{where}: placeholder '{{{{ {match[1].strip()} }}}}': {error}") from None
 
     return PLACEHOLDER.sub(value, text)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Write what Markdown or HTML could read as markup as character references."""
     return re.sub(r"[\\`*_{}\[\]<>&\"'|$~#!]", lambda match: f"&#{ord(match[0])};", text)
 
@@ -58,33 +64,41 @@ def entry_words(entry: Entry | None) -> Callable[[str], str]:
     def resolve(name: str) -> str:
         if name in ABOUT:
             return _about(entry, name)
-        if entry and entry.family == "speed":
-            return _speed(entry, name)
+        if entry and entry.family in FORMATS:
+            return _format(entry, name)
         return _measurement(entry.measurements if entry else {}, name)
 
     return resolve
 
 
 def book_words(book: Book) -> Callable[[str], str]:
-    """Resolve placeholders of the report: ``finding``, ``verdict: NAME``, ``NAME: measurement``."""
+    """Resolve placeholders of the report: ``finding``, ``verdict: NAME``, ``family: NAME``, ``NAME: measurement``."""
 
     def resolve(name: str) -> str:
         scope, colon, path = (part.strip() for part in name.partition(":"))
         if not colon:
             if scope in SENTENCES:
                 return SENTENCES[scope](book)
-            allowed = f"{', '.join(SENTENCES)}, verdict: NAME, NAME: measurement"
+            allowed = f"{', '.join(SENTENCES)}, verdict: NAME, family: NAME, NAME: measurement"
             raise UserError(f"unknown{nearest(scope, SENTENCES)}; allowed: {allowed}")
         if scope == "verdict":
             return words.verdict(book, book.get(path))
+        if scope == "family":
+            return words.family_words(book, _known(path, FAMILIES))
         entry = book.get(scope)
         if path in ABOUT:
             return _about(entry, path)
-        if (entry and entry.family == "speed") or scope.startswith("speed-"):
-            return _speed(entry, path)
+        if (entry and entry.family in FORMATS) or scope.startswith(FORMATS):
+            return _format(entry, path)
         return _measurement(entry.measurements if entry else {}, path)
 
     return resolve
+
+
+def lesson_words(book: Book, entry: Entry) -> Callable[[str], str]:
+    """Resolve placeholders of a lesson: facts about its own run (``duration``), else as in the report."""
+    named = book_words(book)
+    return lambda name: _about(entry, name) if name in ABOUT else named(name)
 
 
 def _measurement(measurements: dict[str, dict], path: str) -> str:
@@ -98,11 +112,17 @@ def _measurement(measurements: dict[str, dict], path: str) -> str:
     return numbers.write(measurements.get(name), asked)
 
 
-def _speed(entry: Entry | None, path: str) -> str:
+def _known(name: str, names) -> str:
+    if name not in names:
+        raise UserError(f"unknown{nearest(name, names)}; allowed: {', '.join(names)}")
+    return name
+
+
+def _format(entry: Entry | None, path: str) -> str:
     """``int4-g128.latency.decode_ms``: the format's name ends where a measurement's begins."""
-    match = re.match(r"(.+?)\.((?:latency|size|compress|energy)\..+)", path)
+    match = re.match(r"(.+?)\.((?:latency|size|compress|energy|train|quality)\..+)", path)
     if not match:
-        raise UserError("a speed record is asked for a format and a measurement, as in int4-g128.latency.decode_ms")
+        raise UserError("this record is asked for a format and a measurement, as in int4-g128.latency.decode_ms")
     formats = (entry.record.get("formats") or {}) if entry else {}
     if formats and match[1] not in formats:
         raise UserError(f"format '{match[1]}' is unknown{nearest(match[1], formats)}; measured: {', '.join(formats)}")

@@ -1,26 +1,19 @@
 """Data frames for the figures, made from the book, and what each figure shows in words for its alternative text."""
 
-from typing import Any
+from typing import Any, Sequence
 
-from qlib.report.book import SPEED_MODEL, Book
+from qlib.report.book import SPEED_MODEL, Book, Entry
 from qlib.report.numbers import number
+from qlib.report.relations import is_control
 from qlib.report.tables import floor
+from qlib.report.trained import ablations
 
 __all__ = [
-    "pareto_frame",
-    "delta_frame",
-    "level_frame",
-    "levels_frame",
-    "speed_frame",
-    "formats_frame",
-    "layer_frame",
-    "curve_frame",
-    "pareto_alt",
-    "delta_alt",
-    "layer_alt",
-    "level_alt",
-    "speed_alt",
-]
+    "pareto_frame", "delta_frame", "ratio_frame", "ablation_frame", "training_frame", "precision_frame", "level_frame",
+    "levels_frame", "speed_frame", "formats_frame", "layer_frame", "curve_frame", "pareto_alt", "delta_alt",
+    "ratio_alt", "curve_alt", "layer_alt", "level_alt", "speed_alt",
+    "pruned_frame", "kept_frame", "stayed_frame", "kept_alt", "passes_frame",
+]  # fmt: skip
 
 PARETO = {
     "bits": "size.bits_per_weight_total",
@@ -45,10 +38,18 @@ def _columns(*names: str) -> list[str]:
     return [column for name in names for column in (name, f"{name}_low", f"{name}_high")]
 
 
-def pareto_frame(book: Book, model: str | None = None):
-    """strategy, family, bits (per weight of the whole model), disk (MB), perplexity and accuracy with intervals."""
+def pareto_frame(book: Book, model: str | None = None, families: Sequence[str] = ()):
+    """strategy, family, bits (per weight of the whole model), disk (MB), perplexity and accuracy with intervals.
+
+    Controls, which compress nothing, are left out.
+
+    Args:
+        families: only these; default: all.
+    """
     rows = []
     for entry in book.of(model):
+        if is_control(entry) or (families and entry.family not in families):
+            continue
         found = {key: entry.measure(name) for key, name in PARETO.items()}
         row = {"strategy": entry.name, "family": entry.family, "bits": number(found["bits"])}
         row["disk"] = None if number(found["disk"]) is None else number(found["disk"]) / 1e6
@@ -67,6 +68,47 @@ def delta_frame(book: Book, model: str | None = None):
         rows.append(row | _spread("delta", entry.measure("quality.accuracy_delta")))
     frame = _frame(rows, ["strategy", "family", *_columns("delta"), "gate"])
     return frame.dropna(subset=["delta"]).reset_index(drop=True)
+
+
+def ratio_frame(book: Book, family: str | None = None, model: str | None = None):
+    """strategy, family, ratio: perplexity over the baseline's with its paired interval, the best first."""
+    rows = []
+    for entry in book.of(model, family):
+        row = {"strategy": entry.name, "family": entry.family}
+        rows.append(row | _spread("ratio", entry.measure("quality.perplexity_ratio")))
+    frame = _frame(rows, ["strategy", "family", *_columns("ratio")]).dropna(subset=["ratio"])
+    return frame.sort_values("ratio", kind="stable").reset_index(drop=True)
+
+
+def ablation_frame(book: Book, model: str | None = None):
+    """strategy, family, ratio: perplexity without some passes over that of the whole recipe, paired."""
+    rows = []
+    for part in (part for group in ablations(book, model) for part in group if part.missing):
+        row = {"strategy": part.entry.name, "family": part.entry.family}
+        rows.append(row | _spread("ratio", part.ratio))
+    return _frame(rows, ["strategy", "family", *_columns("ratio")]).dropna(subset=["ratio"]).reset_index(drop=True)
+
+
+def training_frame(book: Book, family: str | None = None, model: str | None = None):
+    """tokens, loss, series: every training pass; the loss on the development set where it was measured."""
+    import pandas
+
+    frames = [curve_frame([], "")]
+    for entry in book.of(model, family):
+        passes = (entry.record.get("details") or {}).get("training") or []
+        for number_, one in enumerate(passes, start=1):
+            name = entry.name if len(passes) == 1 else f"{entry.name} ({number_} of {len(passes)})"
+            frames.append(curve_frame(one.get("development") or one.get("curve") or [], name))
+    return pandas.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
+
+
+def precision_frame(entry: Entry | None):
+    """tokens, loss, series: of training in several precisions; runs of several seeds share a series."""
+    import pandas
+
+    curves = (((entry and entry.record) or {}).get("details") or {}).get("curves") or {}
+    frames = [curve_frame(points, name) for name, seeds in curves.items() for points in seeds.values()]
+    return pandas.concat(frames, ignore_index=True) if frames else curve_frame([])
 
 
 def level_frame(book: Book, model: str | None = None):
@@ -153,6 +195,26 @@ def delta_alt(frame) -> str:
     )
 
 
+def ratio_alt(frame, to: str = "the baseline") -> str:
+    """The finding of a figure of perplexity ratios in words."""
+    if frame.empty:
+        return "Nothing has been compared yet."
+    best, worst = frame.loc[frame["ratio"].idxmin()], frame.loc[frame["ratio"].idxmax()]
+    low, high = (f"{row['strategy']} with {row['ratio']:.3g} times the perplexity of {to}" for row in (best, worst))
+    return f"Lowest is {low}" + (f", highest {high}." if len(frame) > 1 else ".")
+
+
+def curve_alt(frame) -> str:
+    """The finding of loss curves in words: where each begins and ends."""
+    if frame.empty:
+        return "No loss was recorded."
+    ends = []
+    for name, rows in frame.groupby("series", sort=False):
+        means = rows.groupby("tokens")["loss"].mean()
+        ends.append(f"{name} goes from {means.iloc[0]:.4g} to {means.iloc[-1]:.4g} after {means.index[-1]:,.0f} tokens")
+    return f"Loss in nats per token: {'; '.join(ends)}."
+
+
 def layer_alt(frame) -> str:
     """The finding of the layer errors in words."""
     if frame.empty:
@@ -188,3 +250,70 @@ def speed_alt(frame, part: str = "decode") -> str:
         f"{part.capitalize()}: {fast['format']} is fastest with {fast[part]:,.5g} milliseconds, "
         f"{slow['format']} slowest with {slow[part]:,.5g}."
     )
+
+
+def pruned_frame(details: dict, strategy: str = ""):
+    """strategy, block, linear, error: of the weights that were masked, or of the outputs of a narrowed model."""
+    if not details.get("width"):
+        return layer_frame(details.get("layers") or [], strategy)
+    parts = {"o_proj": "attention_error", "o_proj before": "attention_error_plain"}
+    parts |= {"down_proj": "ffn_error", "down_proj before": "ffn_error_plain"}
+    rows = [
+        {"strategy": strategy, "block": one["block"], "linear": linear, "error": one[key]}
+        for linear, key in parts.items()
+        for one in details["width"]
+    ]
+    return _frame(rows, ["strategy", "block", "linear", "error"])
+
+
+def kept_frame(panels: dict[str, Any]):
+    """panel, row, column, kept: from matrices of true and false by title."""
+    rows = [
+        {"panel": panel, "row": row, "column": column, "kept": bool(kept)}
+        for panel, matrix in panels.items()
+        for row, line in enumerate(matrix)
+        for column, kept in enumerate(line)
+    ]
+    return _frame(rows, ["panel", "row", "column", "kept"])
+
+
+def stayed_frame(subject: Any, size: int = 32):
+    """The same of a pruned subject: the heads of a narrowed one by block, or else corners of two of the masks."""
+    width = subject.details.get("width")
+    if width:
+        count = round(len(width[0]["heads"]) / subject.details["kept"]["heads"])
+        return kept_frame({"Attention heads": [[head in one["heads"] for head in range(count)] for one in width]})
+    names = [layer["name"] for layer in subject.details["layers"]]
+    picked = {names[0].rpartition(".")[2]: names[0], names[-1].rpartition(".")[2]: names[-1]}
+    weights = {title: subject.model.get_submodule(name).weight for title, name in picked.items()}
+    return kept_frame({title: (weight[:size, :size] != 0).tolist() for title, weight in weights.items()})
+
+
+def kept_alt(frame) -> str:
+    """The finding of a picture of masks in words."""
+    if frame.empty:
+        return "Nothing was pruned."
+    by_row = frame.groupby(["panel", "row"], sort=False)["kept"].mean().groupby(level=0, sort=False)
+    shown = [
+        f"{panel}: {100 * rows.mean():.3g} % of the cells stayed, {100 * rows.min():.3g} to {100 * rows.max():.3g} % in a row"
+        for panel, rows in by_row
+    ]
+    return "; ".join(shown) + "."
+
+
+def passes_frame(training: list[dict]):
+    """tokens, loss, series: training and development loss of one strategy's training passes, one after the other.
+
+    Args:
+        training: a record's ``details.training``. Tokens are counted over all passes.
+    """
+    import pandas
+
+    frames, before = [curve_frame([])], 0
+    for number_, one in enumerate(training, start=1):
+        place = f" {number_} of {len(training)}" if len(training) > 1 else ""
+        for key, name in (("curve", "training"), ("development", "development text")):
+            points = [[before + tokens, loss] for tokens, loss in one[key]]
+            frames.append(curve_frame(points, name + place))
+        before += one["tokens"]
+    return pandas.concat([f for f in frames if len(f)] or frames, ignore_index=True)

@@ -39,6 +39,7 @@ MEASURES = {
     "train.seconds": Measure("Time to train", "lower"),
     "train.tokens_per_second": Measure("Training speed", "higher"),
     "train.peak_rss_bytes": Measure("Peak memory of training", "lower"),
+    "train.loss_difference": Measure("Loss minus fp32, same step", "lower"),
     "energy.joules": Measure("Energy", "lower"),
 }
 
@@ -50,6 +51,7 @@ FAMILIES = {
     "mixed_precision": "Mixed precision",
     "finetuning": "Fine-tuning",
     "combined": "Combined",
+    "training": "Training precision",
     "tool": "Outside tools",
     "reference": "Reference model",
     "speed": "Speed",

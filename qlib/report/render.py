@@ -10,6 +10,7 @@ from qlib.errors import UserError
 from qlib.paths import write_atomic
 from qlib.report.book import Book, Entry, collect, sources
 from qlib.report.check import check_html
+from qlib.runs.lessons import LESSON, heading, notebook_of
 
 __all__ = ["render", "report_key", "convert"]
 
@@ -42,10 +43,15 @@ def render(root: str | Path, runs: str | Path, published: str | Path, target: st
     book = collect(runs, published, root / "params")
     for entry in (e for e in book.entries if e.notebook):
         _attach(root, book, entry, target)
+
+    def current(entry: Entry):
+        return _read(file) if (file := _source(root, entry)).is_file() else None
+
     steps = [
         stitch.strip_banners,
         stitch.current_prose(_read(source)),
         stitch.insert_strategies(book),
+        stitch.insert_lessons(book, current),
         stitch.fill_placeholders(fill.book_words(book), "notebooks/report.ipynb"),
     ]
     return _write(target, convert(_read(executed), steps, {"code": False}, "notebooks/report.ipynb"))
@@ -56,7 +62,8 @@ def convert(notebook, steps: list, page: dict, where: str) -> str:
 
     Args:
         steps: preprocessors, applied in order.
-        page: what the template is told: `code` (shown at first?), `home` (link to the report), `key`.
+        page: what the template is told: `code` (shown at first?), `home` (link to the report), `key`, and `partial`:
+            the notebook stopped half-way.
         where: names the notebook in messages.
     """
     from qlib.report.export import Page
@@ -65,8 +72,8 @@ def convert(notebook, steps: list, page: dict, where: str) -> str:
     exporter = Page()
     for step in steps:
         exporter.register_preprocessor(step, enabled=True)
-    html, _ = exporter.from_notebook_node(notebook, {"page": {"title": _title(notebook, where), **page}})
-    return finish(html, where)
+    html, _ = exporter.from_notebook_node(notebook, {"page": {"title": heading(notebook.cells) or where, **page}})
+    return finish(html, where, page.get("partial", False))
 
 
 def report_key(source: Path, runs: Path, published: Path, params: Path) -> str:
@@ -130,10 +137,11 @@ def _attach(root: Path, book: Book, entry: Entry, target: Path) -> None:
     from qlib.report import fill, stitch
 
     file = target.parent / book.page(entry)
-    source = root / "notebooks" / str(entry.params.get("notebook") or "")
+    source = _source(root, entry)
     inputs = [entry.notebook, *sorted(HERE.glob("*.py")), *sorted((HERE / "template").iterdir())]
     inputs += [source] if source.is_file() else []
-    digest = hashlib.sha256(json.dumps([entry.record, entry.state, target.name]).encode())
+    others = [e.record for e in book.entries] if entry.family == LESSON else []  # its prose may name any of them
+    digest = hashlib.sha256(json.dumps([entry.record, entry.state, target.name, others]).encode())
     for path in inputs:
         digest.update(path.read_bytes())
     key = digest.hexdigest()
@@ -141,11 +149,18 @@ def _attach(root: Path, book: Book, entry: Entry, target: Path) -> None:
         return
     steps = [stitch.strip_banners]
     steps += [stitch.current_prose(_read(source))] if source.is_file() else []
-    where = f"notebooks/{source.name}" if source.is_file() else entry.name
-    steps.append(stitch.fill_placeholders(fill.entry_words(entry), where))
+    where = str(source.relative_to(root)) if source.is_file() else entry.name
+    resolve = fill.lesson_words(book, entry) if entry.family == LESSON else fill.entry_words(entry)
+    steps.append(stitch.fill_placeholders(resolve, where))
     file.parent.mkdir(exist_ok=True)
-    page = {"code": True, "home": f"../{target.name}", "key": key}
+    page = {"code": True, "home": f"../{target.name}", "key": key, "partial": entry.failed}
     _write(file, convert(_read(entry.notebook), steps, page, where), alone=True)
+
+
+def _source(root: Path, entry: Entry) -> Path:
+    """The present notebook of an entry; of a lesson that left no record its name tells which."""
+    default = notebook_of(entry.name) if entry.family == LESSON else ""
+    return root / "notebooks" / str(entry.params.get("notebook") or default)
 
 
 def _write(file: Path, html: str, alone: bool = False) -> Path:
@@ -171,12 +186,6 @@ def _read(file: Path):
     import nbformat
 
     return nbformat.read(file, as_version=4)
-
-
-def _title(notebook, where: str) -> str:
-    """The text of the first ``# heading``."""
-    lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
-    return next((line[2:].strip() for line in lines if line.startswith("# ")), where)
 
 
 def _near(path: Path, root: Path) -> str:

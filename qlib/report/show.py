@@ -12,7 +12,7 @@ from qlib.report.html import Cell, Column, Table, slug
 from qlib.report.measures import label
 from qlib.report.theme import themed
 
-__all__ = ["show", "show_table", "summary", "svg", "figure_html", "data_table"]
+__all__ = ["show", "show_table", "table", "summary", "svg", "figure_html", "data_table"]
 
 DATA_ROWS = 200  # a longer data frame is cut: the record holds it whole
 
@@ -42,8 +42,8 @@ def figure_html(figure, id: str, caption: str, alt: str, data=None) -> str:
     name = f"fig-{slug(id)}"
     details = ""
     if data is not None:
-        table = data_table(data, "The data behind the figure", id)._repr_html_()
-        details = f"<details><summary>Data</summary>{table}</details>"
+        behind = data_table(data, "The data behind the figure", id)._repr_html_()
+        details = f"<details><summary>Data</summary>{behind}</details>"
     return (
         f'<figure class="fig" id="{name}">{svg(figure, name, alt)}'
         f'<figcaption><span class="caption"><span class="number" data-ref="{name}"></span>'
@@ -91,8 +91,8 @@ def data_table(frame, caption: str, id: str) -> Table:
     cut = frame.head(DATA_ROWS)
     if len(frame) > DATA_ROWS:
         caption += f" (first {DATA_ROWS} of {len(frame):,} rows)"
-    table = _table(list(map(str, cut.columns)), cut.astype(object).values.tolist(), caption, f"{id}-data")
-    return replace(table, numbered=False)
+    rows = cut.astype(object).values.tolist()
+    return replace(table(list(map(str, cut.columns)), rows, caption, f"{id}-data"), numbered=False)
 
 
 def show_table(columns: Sequence[str | Column], rows: Sequence[Sequence[Any]], caption: str, id: str | None = None):
@@ -110,11 +110,12 @@ def show_table(columns: Sequence[str | Column], rows: Sequence[Sequence[Any]], c
 
     if not str(caption).strip():
         raise UserError("show_table: the caption is empty; a table needs one to be understood")
-    display(table := _table(columns, rows, caption, id or slug(caption)[:40]))
-    return table
+    display(shown := table(columns, rows, caption, id or slug(caption)[:40]))
+    return shown
 
 
-def _table(columns: Sequence[str | Column], rows: Sequence[Sequence[Any]], caption: str, id: str) -> Table:
+def table(columns: Sequence[str | Column], rows: Sequence[Sequence[Any]], caption: str, id: str) -> Table:
+    """What `show_table` displays."""
     for row in rows:
         if len(row) != len(columns):
             raise UserError(f"show_table: a row has {len(row)} values, the table '{id}' {len(columns)} columns")
@@ -127,13 +128,14 @@ def _table(columns: Sequence[str | Column], rows: Sequence[Sequence[Any]], capti
 
 
 def _fill(head: Column, values: list[Any]) -> tuple[Column, list[Cell]]:
-    """The cells of a column. Numbers and measurements share unit and decimals."""
+    """The cells of a column. Numbers and measurements share unit and decimals; ready cells may stand between these."""
+    if any(isinstance(v, dict) for v in values) and all(v is None or isinstance(v, (dict, Cell)) for v in values):
+        unit, texts = numbers.column([v for v in values if not isinstance(v, Cell)])
+        written = (Cell(text, (interval,)) for text, interval in texts)
+        return _numeric(head, unit), [v if isinstance(v, Cell) else next(written) for v in values]
     if values and all(v is None or isinstance(v, dict) or _is_number(v) for v in values):
         if all(v is None or _is_whole(v) for v in values):
             return _numeric(head), [Cell(numbers.ABSENT if v is None else f"{int(v):,}") for v in values]
-        if all(v is None or isinstance(v, dict) for v in values):
-            unit, texts = numbers.column(values)
-            return _numeric(head, unit), [Cell(text, (interval,)) for text, interval in texts]
         _, texts = numbers.column([v if isinstance(v, dict) else {"value": _finite(v)} for v in values])
         return _numeric(head), [Cell(text, (interval,)) for text, interval in texts]
     return head, [v if isinstance(v, Cell) else Cell(_text(v)) for v in values]
@@ -178,4 +180,4 @@ def summary(result: dict) -> Table:
         interval = numbers.interval(m)
         rows.append([label(key), shown, interval or "none", "" if count is None else f"{count:,.0f}", how])
     head = [Column("Measurement"), Column("Value"), Column("Interval"), Column("n", numeric=True), Column("How")]
-    return _table(head, rows, f"Measurements of {name}", "summary")
+    return table(head, rows, f"Measurements of {name}", "summary")

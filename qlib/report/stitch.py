@@ -1,4 +1,4 @@
-"""What is done to an executed notebook before it becomes a page: current prose, numbers in words, strategies inserted.
+"""What is done to an executed notebook before it becomes a page: current prose, numbers in words, sections inserted.
 
 All are nbconvert preprocessors: functions of notebook and resources that return both.
 """
@@ -10,15 +10,18 @@ from typing import Callable
 import nbformat
 from nbformat import NotebookNode
 
+from qlib.progress import clock
 from qlib.report.book import Book, Entry
-from qlib.report.fill import fill
+from qlib.report.fill import escape as plain
+from qlib.report.fill import fill, lesson_words
 from qlib.report.measures import family_label
 from qlib.report.show import summary
 from qlib.report.structure import scope_ids
 from qlib.report.tables import rerun
 from qlib.report.words import verdict
+from qlib.runs.lessons import LESSON, heading, opening
 
-__all__ = ["current_prose", "strip_banners", "fill_placeholders", "insert_strategies", "tags"]
+__all__ = ["current_prose", "strip_banners", "fill_placeholders", "insert_strategies", "insert_lessons", "tags"]
 
 Preprocessor = Callable[[NotebookNode, dict], tuple[NotebookNode, dict]]
 BANNER = "papermill-error-cell-tag"
@@ -88,6 +91,39 @@ def insert_strategies(book: Book) -> Preprocessor:
         return notebook, resources
 
     return update
+
+
+def insert_lessons(book: Book, source: Callable[[Entry], NotebookNode | None]) -> Preprocessor:
+    """List the lessons after the cell tagged ``lessons``: title, first sentence, time, and what went wrong.
+
+    Args:
+        source: the present notebook of a lesson, None if there is none any more.
+    """
+
+    def update(notebook: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
+        cells, lessons = [], [entry for entry in book.entries if entry.family == LESSON]
+        for cell in notebook.cells:
+            cells.append(cell)
+            if "lessons" in tags(cell):
+                lines = [_lesson(book, entry, source(entry)) for entry in lessons]
+                cells.append(nbformat.v4.new_markdown_cell("\n".join(lines) or "No lesson has been run yet."))
+                cells += [_html_cell(_failure(entry)) for entry in lessons if entry.failed]
+        notebook.cells = cells
+        return notebook, resources
+
+    return update
+
+
+def _lesson(book: Book, entry: Entry, source: NotebookNode | None) -> str:
+    """One point of the list, in Markdown."""
+    cells = source.cells if source else []
+    title, page, seconds = plain(heading(cells) or entry.title), book.page(entry), entry.record.get("duration_seconds")
+    facts = [] if entry.state == "done" else [entry.state]
+    facts += [f"{entry.model} on {entry.device}"] if entry is not book.get(entry.name) else []
+    facts += [f"took {clock(seconds)}"] if seconds else []
+    link = f"[{title}]({page})" if page else title
+    told = f" ({plain(', '.join(facts))})" if facts else ""
+    return f"- **{link}**{told}. {fill(opening(cells), lesson_words(book, entry), entry.name)}"
 
 
 def _section(book: Book, entry: Entry) -> list[NotebookNode]:

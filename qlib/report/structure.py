@@ -15,8 +15,12 @@ TABLE = re.compile(r"(?P<wrap><div class=\"scroll\"[^>]*>)?<table(?P<attrs>[^>]*
 KINDS = {"fig": "Figure", "table": "Table"}
 
 
-def finish(page: str, where: str) -> str:
+def finish(page: str, where: str, partial: bool = False) -> str:
     """Complete a page: heading anchors, contents (at ``<!--contents-->``), table headers, numbers and references.
+
+    Args:
+        where: names the notebook in messages.
+        partial: the notebook stopped half-way, so that a reference may lead to what was not reached.
 
     Raises:
         UserError: a reference ``[](#name)`` leads to no figure, table or heading of the page.
@@ -25,7 +29,7 @@ def finish(page: str, where: str) -> str:
     page = _complete_tables(page)
     page, targets = _number(page)
     targets = {name: escape(text) for _, name, text in headings} | targets
-    page = REFERENCE.sub(lambda match: _refer(match, targets, where), page)
+    page = REFERENCE.sub(lambda match: _refer(match, targets, where, partial), page)
     return page.replace("<!--contents-->", _contents(headings), 1)
 
 
@@ -111,7 +115,9 @@ def _number(page: str) -> tuple[str, dict[str, str]]:
     return NUMBER.sub(count, page), names
 
 
-def _refer(match: re.Match, targets: dict[str, str], where: str) -> str:
+def _refer(match: re.Match, targets: dict[str, str], where: str, partial: bool) -> str:
+    if match[1] not in targets and partial:
+        return "what this run did not reach"
     if match[1] not in targets:
         close = nearest(match[1], targets)
         raise UserError(f"{where}: reference '#{match[1]}' leads to no figure, table or heading{close}")

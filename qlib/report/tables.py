@@ -7,9 +7,15 @@ from qlib.report import numbers
 from qlib.report.article import article_table
 from qlib.report.book import SPEED_MODEL, Book, Entry
 from qlib.report.html import Cell, Column, Group, Table, mark_best, measured
+from qlib.report.literature import literature_table
 from qlib.report.measures import MEASURES, family_label
+from qlib.report.relations import is_control, kinds
+from qlib.report.trained import ablation_table, precision_table, recovery_table
 
-__all__ = ["article_table", "comparison", "speed_table", "failures", "provenance", "floor", "rerun"]
+__all__ = [
+    "article_table", "comparison", "recovery_table", "precision_table", "ablation_table", "literature_table",
+    "speed_table", "failures", "provenance", "floor", "rerun",
+]  # fmt: skip
 
 #: Columns of the comparison: group, title, measurement name.
 COMPARED = (
@@ -30,36 +36,64 @@ COMPARED = (
     ("Speed", "Decode speed-up", "shape.latency.decode_speedup"),
     ("Compressing", "Time", "compress.seconds"),
     ("Compressing", "Peak memory", "compress.peak_rss_bytes"),
+    ("Training", "Time", "train.seconds"),
 )
+#: What a family's own table shows of them, where no group says what a title is about.
+FEWER = {
+    "quality.accuracy_delta": "Accuracy change, paired",
+    "": "Keeps 99 %",
+    "quality.perplexity_ratio": "Perplexity ratio, paired",
+    "quality.kl": "KL divergence",
+    "size.bits_per_weight": "Bits per weight",
+    "size.disk_bytes": "On disk",
+    "shape.latency.decode_speedup": "Decode speed-up, true shape",
+    "compress.seconds": "Time to compress",
+    "train.seconds": "Time to train",
+}
 
 NONE = Cell("n/a", kind="absent")  # what a baseline cannot have
 
 
-def comparison(book: Book, model: str | None = None, shape: str = SPEED_MODEL) -> Table:
-    """Every strategy of a model (default: the first), all measurements, speeds at a true shape."""
+def comparison(book: Book, model: str | None = None, shape: str = SPEED_MODEL, family: str | None = None) -> Table:
+    """Every strategy of a model (default: the first), all measurements, speeds at a true shape.
+
+    Args:
+        family: show its strategies only, and fewer columns.
+    """
     first = next(iter(book.models), "the quality subject")
     model = model or first
-    entries = book.of(model)
-    columns, cells = [Column("Strategy"), Column("State")], []
-    eligible = [e.family != "baseline" for e in entries]
-    for group, title, name in COMPARED:
+    entries = book.of(model, family)
+    columns, cells = [Column("Strategy")], []
+    eligible = [e.family != "baseline" and not is_control(e) for e in entries]
+    shown = [("", FEWER[name], name) for _, _, name in COMPARED if name in FEWER] if family else COMPARED
+    for group, title, name in shown:
         group = f"Speed at the shape of {shape}" if group == "Speed" else group
         if not name:
             columns.append(Column(title, "of the baseline", group))
             cells.append([Cell("baseline" if e.family == "baseline" else book.gate(e)) for e in entries])
             continue
         found = [_look_up(book, entry, name, shape) for entry in entries]
+        if name.startswith("train.") and not any(found):
+            continue
         column, written = measured(title, found, group)
-        written = [NONE if e.family == "baseline" and c.text == numbers.ABSENT else c for c, e in zip(written, entries)]
+        written = [NONE if _cannot(e, name) and c.text == numbers.ABSENT else c for c, e in zip(written, entries)]
         columns.append(column)
         cells.append(_marked(name.removeprefix("shape."), written, found, eligible))
-    heads = [[_link(entry, book), Cell(entry.label)] for entry in entries]
-    rows = [[*head, *rest] for head, rest in zip(heads, zip(*cells))]
+    rows = [[_link(entry, book), *rest] for entry, rest in zip(entries, zip(*cells))]
     caption = (
-        f"Every strategy on {model}. Small print: 95 % bootstrap intervals. “best” marks the best value among the "
-        "compressed strategies; two of them differ only where a paired interval says so. 1 MB = 1,000,000 bytes."
+        f"{f'{family_label(family)}: the strategies' if family else 'Every strategy'} on {model}"
+        f"{f', speed at the shape of {shape}' if family else ''}. Small print: 95 % "
+        "bootstrap intervals. “best” marks the best value among the compressed strategies; two of them differ only "
+        "where a paired interval says so. 1 MB = 1,000,000 bytes."
     )
-    return Table(columns, _grouped(entries, rows), caption, "comparison" if model == first else f"comparison-{model}")
+    id = f"family-{family}" if family else "comparison"
+    id = id if model == first else f"{id}-{model}"
+    return Table(columns, rows if family else _grouped(entries, rows), caption, id)
+
+
+def _cannot(entry: Entry, name: str) -> bool:
+    """Whether a figure makes no sense for the strategy: a baseline's change, the training of what was not trained."""
+    return entry.family == "baseline" or (name.startswith("train.") and "train" not in kinds(entry))
 
 
 def _marked(name: str, written: list[Cell], found: list[dict | None], eligible: list[bool]) -> list[Cell]:
@@ -76,9 +110,11 @@ def _look_up(book: Book, entry: Entry, name: str, shape: str) -> dict | None:
 
 
 def _link(entry: Entry, book: Book) -> Cell:
+    """The strategy's name, leading to its section; below it what sets it apart from a run that finished here."""
     twins = [e for e in book.strategies if (e.name, e.model) == (entry.name, entry.model)]
     link = f"#{book.anchor(entry)}" if entry in book.strategies else ""
-    return Cell(entry.name, (entry.device,) if len(twins) > 1 else (), link=link)
+    notes = ([entry.device] if len(twins) > 1 else []) + ([entry.label] if entry.state != "done" else [])
+    return Cell(entry.name, tuple(notes), link=link)
 
 
 def _grouped(entries: Sequence[Entry], rows: Sequence[list[Cell]]) -> list[list[Cell] | Group]:
@@ -145,6 +181,8 @@ def kernels(record: dict, name: str) -> str:
 def rerun(entry: Entry) -> str:
     """The command that runs just this strategy again. A run with changed parameters has a ``+`` in its name."""
     name, changed, _ = entry.name.partition("+")
+    if entry.family == "lesson":
+        return f"qlib run {name}"
     return f"qlib run params/{name}.yaml" + (" with the same -p options" if changed else "")
 
 
@@ -157,7 +195,7 @@ def failures(book: Book) -> Table | None:
         last = tuple(map(str, (entry.status.get("last_lines") or [])[-3:]))
         cause = str(entry.status.get("cause") or "no cause was recorded")
         facts = (Cell(entry.label), Cell(cause), Cell(where), Cell("", last), Cell(rerun(entry)))
-        rows.append([_link(entry, book), *facts])
+        rows.append([Cell(entry.name, link=_link(entry, book).link), *facts])
     columns = [Column(t) for t in ("Strategy", "State", "Cause", "Cell", "Last lines", "Run just this")]
     return Table(columns, rows, "What failed. A failure stops no other strategy.", "failures") if rows else None
 

@@ -17,6 +17,7 @@ MARKS = {
     "finetuning": ("#b3589a", "^", "purple"),
     "combined": ("#c98500", "s", "orange"),
     "tool": ("#3d9fd6", "P", "sky"),
+    "training": ("#8a6d3b", "h", "brown"),
 }
 OTHER = ("#767d86", "X", "grey")
 

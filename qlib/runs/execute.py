@@ -1,4 +1,4 @@
-"""Run one strategy through papermill: it leaves a whole record, or a status that says why not."""
+"""Run one strategy or lesson through papermill: it leaves a whole record, or a status that says why not."""
 
 import errno
 import json
@@ -19,6 +19,7 @@ from qlib.progress import clock
 from qlib.runs.injection import injected
 from qlib.runs.kernel import MEMORY_METHOD, Kernel
 from qlib.runs.key import SOURCE, key_of
+from qlib.runs.lessons import is_lesson, result_of
 from qlib.runs.provenance import provenance
 from qlib.runs.state import folder_of, hold, now, read_json, write_status
 from qlib.runs.subject_hash import model_hash
@@ -225,7 +226,7 @@ def _complete(strategy, root, work, parts, kernel, started: str, seconds: float)
     Raises:
         ValueError: the notebook ended without a result, or with that of another strategy.
     """
-    result = read_json(work / "result.json")
+    result = result_of(strategy) if is_lesson(strategy) else read_json(work / "result.json")
     if result is None:
         raise ValueError("the notebook ended without qlib.record(...)")
     if result.get("name") != strategy.name or result.get("params") != to_dict(strategy):
@@ -246,7 +247,7 @@ def _put_in_place(work: Path, folder: Path, record: dict[str, Any]) -> None:
     write_atomic(work / "record.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     _without_paths(work / "notebook.ipynb", f"notebooks/{record['params']['notebook']}")
     for name in ("result.json", ".kernel"):
-        shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink()
+        shutil.rmtree(work / name) if (work / name).is_dir() else (work / name).unlink(missing_ok=True)
     new = {entry.name for entry in work.iterdir()}
     for old in folder.iterdir():
         if old.name not in {"work", ".lock", "status.json", "record.json"} and (old.is_dir() or old.name not in new):

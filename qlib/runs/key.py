@@ -1,5 +1,6 @@
 """The cache key: a strategy is up to date while everything its numbers depend on is what it was."""
 
+import ast
 import hashlib
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from qlib.errors import UserError
 from qlib.params import Strategy, pass_modules, to_dict
 from qlib.runs.imports import reach
+from qlib.runs.lessons import is_lesson
 from qlib.runs.provenance import device_class, version_of
 from qlib.runs.subject_hash import data_hash, model_hash
 
@@ -30,9 +32,10 @@ def key_parts(strategy: Strategy, root: Path, source: Path = SOURCE) -> dict[str
     """
     notebook = root / "notebooks" / strategy.notebook
     cells = code_cells(notebook)
-    passes = pass_modules()
+    code, passes = "\n".join(cells), pass_modules()
     try:
-        reached = reach([passes[step["pass"]] for step in strategy.recipe], "\n".join(cells), source)
+        named = _named(code) & passes.keys() if is_lesson(strategy) else {step["pass"] for step in strategy.recipe}
+        reached = reach([passes[name] for name in sorted(named)], code, source)
     except SyntaxError as error:
         raise UserError(f"{error.filename or notebook.name}: is not plain Python: {error.msg}: {error.text}") from None
     return {
@@ -44,6 +47,12 @@ def key_parts(strategy: Strategy, root: Path, source: Path = SOURCE) -> dict[str
         "data": {} if strategy.family == "speed" else _texts(strategy, root),
         "device": device_class(),
     }
+
+
+def _named(code: str) -> set[str]:
+    """All texts in some code: a lesson has its recipes there, so that any of them may be the name of a pass."""
+    values = (node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant))
+    return {value for value in values if isinstance(value, str)}
 
 
 def key_of(parts: dict[str, Any]) -> str:
@@ -72,13 +81,14 @@ def _digest(value: Any) -> str:
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Say in words which parts changed: ``sources qlib.walk changed``, ``parameters recipe[0].bits: 4 -> 3``."""
     found = []
+    hashes = ("notebook", "sources", "data", "records")
     for part in new:
         before, after = _flat(old.get(part), part), _flat(new[part], part)
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) == after.get(name):
                 continue
             short = [_short(side.get(name)) for side in (before, after)]
-            hashed = part in ("notebook", "sources", "data") or (part == "model" and len(str(after.get(name))) == 64)
+            hashed = part in hashes or (part == "model" and len(str(after.get(name))) == 64)
             if name not in before or name not in after:
                 found.append(f"{name} {'new' if name not in before else 'gone'}")
             else:
@@ -96,5 +106,5 @@ def _flat(value: Any, name: str) -> dict[str, Any]:
         return {k: v for i, item in enumerate(value) for k, v in _flat(item, f"{name}[{i}]").items()}
     if not isinstance(value, dict):
         return {name: value}
-    space = " " if name in ("parameters", "sources", "packages", "data") else "."
+    space = " " if name in ("parameters", "sources", "packages", "data", "records") else "."
     return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}{space}{key}").items()}

@@ -7,10 +7,11 @@ from qlib.errors import UserError, nearest
 from qlib.params import Strategy, from_dict
 from qlib.paths import slug
 from qlib.progress import clock
+from qlib.runs.lessons import LESSON, is_lesson
 from qlib.runs.provenance import device_class
 from qlib.runs.state import State, folder_of, read_json, state_of
 
-__all__ = ["table", "list_rows", "overridden", "find_record", "describe_record", "figure"]
+__all__ = ["table", "list_rows", "overridden", "find_record", "describe_record", "describe_lesson", "figure"]
 
 COLUMNS = ("strategy", "tier", "state", "accuracy", "perplexity", "bits/weight", "disk", "took")
 RIGHT = COLUMNS[3:]
@@ -29,7 +30,8 @@ def list_rows(strategies: Iterable[Strategy], root: Path, runs: Path) -> list[tu
         if record is None and state.state == "never run":
             record = _published(strategy, root)
             state.state = PUBLISHED if record else state.state
-        rows.append(([strategy.name, strategy.tier, state.state, *_figures(record or {})], state))
+        tier = LESSON if is_lesson(strategy) else strategy.tier
+        rows.append(([strategy.name, tier, state.state, *_figures(record or {})], state))
     return rows
 
 
@@ -98,6 +100,15 @@ def find_record(name: str, root: Path, runs: Path, model: str | None) -> dict[st
     known = sorted({file.parent.name for file in files})
     there = ", ".join(known) or "none, see `qlib run`"
     raise UserError(f"{name}: has no record{nearest(name, known)}; there are: {there}")
+
+
+def describe_lesson(lesson: Strategy, state: State) -> str:
+    """What there is to say about a lesson, which measures nothing."""
+    lines = [f"{lesson.name}: {lesson.title.en} ({LESSON}, notebooks/{lesson.notebook})", f"state: {state.state}"]
+    lines += [f"    {why}" for why in state.why]
+    if state.record:
+        lines.append(f"took {clock(state.record['duration_seconds'])}; its page is linked from the report")
+    return "\n".join(lines)
 
 
 def describe_record(record: dict[str, Any]) -> str:

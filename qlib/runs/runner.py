@@ -1,4 +1,4 @@
-"""Run the strategies that are out of date, one by one, baseline first, speed last; a failure stops no other."""
+"""Run what is out of date, one by one: baseline first, then strategies, lessons, speed; a failure stops no other."""
 
 import json
 import sys
@@ -14,6 +14,7 @@ from qlib.runs.display import Line
 from qlib.runs.estimate import Estimate, announce, estimate
 from qlib.runs.execute import Outcome, cause_of, execute
 from qlib.runs.injection import injected
+from qlib.runs.lessons import is_lesson, reads
 from qlib.runs.state import Busy, State, state_of
 
 __all__ = ["Job", "run_all", "check_writable"]
@@ -24,7 +25,7 @@ FIRST, LAST = "baseline", "speed"
 
 @dataclass
 class Job:
-    """A strategy and the file it was read from."""
+    """A strategy, or a lesson, and the file it was read from."""
 
     strategy: Strategy
     file: Path
@@ -41,24 +42,40 @@ def run_all(jobs: list[Job], root: Path, runs: Path, force: bool = False, limit:
             take, a folder that cannot be written.
     """
     check_writable(runs)
-    jobs = sorted(jobs, key=lambda job: (job.strategy.family == LAST, job.strategy.family != FIRST))
-    states = [_state(job, root, runs) for job in jobs]
-    waiting = [(job, state) for job, state in zip(jobs, states) if force or state.state != "done"]
-    for job, state in zip(jobs, states):
-        if (job, state) not in waiting:
+    jobs = sorted(jobs, key=_order)
+    waiting: list[tuple[Job, State]] = []
+    for job, state in [(job, _state(job, root, runs)) for job in jobs]:
+        if force or state.state != "done" or any(reads(job.strategy, other.strategy.family) for other, _ in waiting):
+            waiting.append((job, state))
+        else:
             _rename(job.strategy, state)
-    _say(f"{len(waiting)} of {len(jobs)} strategies to run" + ("" if waiting else ": all are up to date"))
+    _say(f"{_count(jobs, [job for job, _ in waiting])} to run" + ("" if waiting else ": all are up to date"))
     guesses = [estimate(j.strategy, s.record, root / "reports" / "published", expectation(j.file)) for j, s in waiting]
     for line in announce(guesses):
         _say(f"  {line}")
     ended: list[tuple[str, Outcome]] = []
     try:
         for (job, state), guess in zip(waiting, guesses):
-            ended.append((job.strategy.name, _run_one(job.strategy, root, runs, state, guess, limit)))
+            outcome = _run_one(job, root, runs, state, guess, limit, force)
+            if outcome is not None:
+                ended.append((job.strategy.name, outcome))
     except KeyboardInterrupt:
         _say(f"interrupted; {len(ended)} of {len(waiting)} had ended. The same command goes on from here.")
         return 130
     return _summary(ended)
+
+
+def _order(job: Job) -> tuple[bool, bool, bool]:
+    return (job.strategy.family == LAST, is_lesson(job.strategy), job.strategy.family != FIRST)
+
+
+def _count(jobs: list[Job], waiting: list[Job]) -> str:
+    """``2 of 3 strategies and 1 of 2 lessons``; what there are none of is not named."""
+    told = []
+    for kind, lessons in (("strategies", False), ("lessons", True)):
+        some, every = (sum(is_lesson(job.strategy) == lessons for job in group) for group in (waiting, jobs))
+        told += [f"{some} of {every} {kind}"] if every else []
+    return " and ".join(told)
 
 
 def _state(job: Job, root: Path, runs: Path) -> State:
@@ -84,8 +101,19 @@ def check_writable(folder: Path) -> None:
 
 
 def _run_one(
-    strategy: Strategy, root: Path, runs: Path, state: State, guess: Estimate, limit: float | None
-) -> Outcome:
+    job: Job, root: Path, runs: Path, state: State, guess: Estimate, limit: float | None, force: bool
+) -> Outcome | None:
+    """Run one; None if it is a lesson and the strategies that ran before it changed no record that it reads."""
+    strategy = job.strategy
+    if is_lesson(strategy):
+        try:
+            state = _state(job, root, runs)
+        except UserError as error:
+            _say(str(error))
+            return Outcome("failed", str(error), bad_input=True)
+        if state.state == "done" and not force:
+            _rename(strategy, state)
+            return None
     line = Line(strategy.name, guess.seconds)
     why = f" ({'; '.join(state.why[:2])}{'; ...' if len(state.why) > 2 else ''})" if state.why else ""
     _say(f"{strategy.name}: running" + (f"; it was {state.state}{why}" if state.state != "never run" else ""))

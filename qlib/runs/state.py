@@ -11,6 +11,7 @@ from typing import Any, Iterator
 from qlib.params import Strategy
 from qlib.paths import run_folder, write_atomic
 from qlib.runs.key import differences, key_of, key_parts
+from qlib.runs.lessons import is_lesson, reads
 from qlib.runs.provenance import device_class
 
 __all__ = ["State", "state_of", "folder_of", "read_json", "write_status", "hold", "is_held", "Busy", "now"]
@@ -69,7 +70,10 @@ def state_of(strategy: Strategy, root: Path, runs: Path) -> State:
     """
     folder = folder_of(strategy, runs)
     record, status = read_json(folder / "record.json"), read_json(folder / "status.json")
-    found = State("done", folder, record=record, status=status, parts=key_parts(strategy, root))
+    parts = key_parts(strategy, root)
+    if is_lesson(strategy):
+        parts["records"] = _records_read(strategy, folder.parent)
+    found = State("done", folder, record=record, status=status, parts=parts)
     said = (status or {}).get("state", "done")
     finished_since = record and status and record.get("provenance", {}).get("started") == status.get("started")
     if is_held(folder):
@@ -84,6 +88,16 @@ def state_of(strategy: Strategy, root: Path, runs: Path) -> State:
         found.state = "out of date" if record.get("key") else "unverified"
         found.why = differences(record.get("key_parts", {}), found.parts)
     return found
+
+
+def _records_read(lesson: Strategy, beside: Path) -> dict[str, str]:
+    """Keys of the finished records that a lesson may read: of its family, model and device, but of no quick check."""
+    records = {file.parent.name: read_json(file) or {} for file in beside.glob("*/record.json")}
+    return {
+        name: record["key"]
+        for name, record in sorted(records.items())
+        if record.get("key") and record.get("tier") != "smoke" and reads(lesson, str(record.get("family")))
+    }
 
 
 def write_status(folder: Path, state: str, **fields: Any) -> None:

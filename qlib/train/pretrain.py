@@ -3,9 +3,10 @@
 import json
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,8 +15,14 @@ from torch.nn import functional as F
 from qlib.errors import UserError
 from qlib.progress import clock
 
-__all__ = ["Schedule", "pretrain"]
+__all__ = ["Schedule", "Precision", "Trainer", "pretrain", "batch_at", "next_token_loss"]
 
+#: Of the forward and backward pass; the weights and the optimizer's state are fp32 in all of them.
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: What `torch.set_float32_matmul_precision` calls the products of fp32 matrices.
+PRODUCTS = {"fp32": "highest", "tf32": "high"}
+INITIAL_SCALE = 2.0**16  # of fp16 losses; halved whenever a gradient is not finite
 
 @dataclass(frozen=True)
 class Schedule:
@@ -32,6 +39,7 @@ class Schedule:
     seed: int = 0
     compile: bool = True
     checkpoint_seconds: float = 120.0
+    precision: Precision = "bf16"
 
     @property
     def steps(self) -> int:
@@ -89,38 +97,100 @@ def next_token_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
+class Trainer:
+    """Trains `model` in place, one step at a time, in the schedule's precision.
+
+    bf16 and fp16 are autocast: matrix products in 16 bits, everything else in fp32. fp16 reaches down to 6e-8 only, so
+    its loss is scaled up before the backward pass, and a step whose gradients overflow is left out and the scale halved
+    (Micikevicius et al. 2018).
+
+    Attributes:
+        skipped: steps that were left out.
+
+    Raises:
+        UserError: the device does not know the precision.
+    """
+
+    def __init__(self, model: torch.nn.Module, schedule: Schedule):
+        self.model, self.schedule, self.skipped = model, schedule, 0
+        self.device = next(model.parameters()).device.type
+        check_precision(schedule.precision, self.device)
+        decay = [p for p in model.parameters() if p.ndim > 1]
+        plain = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, betas=(0.9, 0.95), fused=True)
+        scaled = schedule.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(self.device, init_scale=INITIAL_SCALE, enabled=scaled)
+        self.loss_of = torch.compile(next_token_loss, dynamic=False) if schedule.compile else next_token_loss
+
+    @property
+    def scale(self) -> float:
+        """What the loss is multiplied by: 1 but for fp16."""
+        return self.scaler.get_scale()
+
+    def step(self, ids: torch.Tensor, number: int) -> float:
+        """Take step `number` of the schedule on token ids `[rows, length]` and return the loss before it in nats."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate(number)
+        precision = self.schedule.precision
+        with products(precision):
+            with torch.autocast(self.device, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+                loss = self.loss_of(self.model, ids.to(self.device))
+            self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
+        before = self.scale
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.skipped += self.scale < before
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Refuse a precision that is unknown, or that the device lacks.
+
+    Raises:
+        UserError: so it is; the message says why.
+    """
+    if precision not in get_args(Precision):
+        raise UserError(f"precision: '{precision}' is unknown; allowed: {', '.join(get_args(Precision))}")
+    if precision == "tf32" and device != "cuda":
+        raise UserError(
+            f"precision: 'tf32' is a format of NVIDIA's tensor cores, the device is {device}; "
+            f"allowed here: {', '.join(one for one in get_args(Precision) if one != 'tf32')}"
+        )
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """How products of fp32 matrices are computed for a while; the global setting comes back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(PRODUCTS.get(precision, before))
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def pretrain(
     model: torch.nn.Module, stream: np.ndarray, held_out: np.ndarray, schedule: Schedule, folder: Path
 ) -> dict[str, Any]:
-    """Train `model` in place under bf16 autocast and return the training record (curve, tokens, seconds).
+    """Train `model` in place and return the training record (curve, tokens, seconds).
 
     `folder` receives a checkpoint every `schedule.checkpoint_seconds`; a call with the same schedule goes on from it.
 
     Raises:
-        UserError: the folder holds a checkpoint of another schedule.
+        UserError: the folder holds a checkpoint of another schedule; the device does not know the precision.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    device = next(model.parameters()).device.type
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, betas=(0.9, 0.95), fused=True)
-    record = _restore(model, optimizer, schedule, folder)
-    loss_of = torch.compile(next_token_loss, dynamic=False) if schedule.compile else next_token_loss
+    trainer = Trainer(model, schedule)
+    record = _restore(model, trainer, schedule, folder)
     model.train()
     begun, before, saved = time.perf_counter(), record["seconds"], time.perf_counter()
     window: list[float] = []
     for step in range(record["step"], schedule.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(step)
-        ids = batch_at(stream, schedule, step).to(device)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = loss_of(model, ids)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        window.append(loss.item())
+        window.append(trainer.step(batch_at(stream, schedule, step), step))
         record |= {"step": step + 1, "seconds": before + time.perf_counter() - begun}
         last = step + 1 == schedule.steps
         if len(window) == 50 or last:
@@ -128,7 +198,7 @@ def pretrain(
             window = []
         if last or time.perf_counter() - saved > schedule.checkpoint_seconds:
             record["held_out"].append([(step + 1) * schedule.batch_tokens, round(_loss(model, held_out), 4)])
-            _checkpoint(model, optimizer, record, folder)
+            _checkpoint(model, trainer, record, folder)
             left = record["seconds"] / (step + 1) * (schedule.steps - step - 1)
             print(
                 f"step {step + 1}/{schedule.steps}  loss {record['curve'][-1][1] if record['curve'] else 0:.3f}  "
@@ -152,17 +222,19 @@ def _loss(model: torch.nn.Module, held_out: np.ndarray, length: int = 256, rows:
     return sum(losses) / rows
 
 
-def _checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, record: dict, folder: Path) -> None:
+def _checkpoint(model: torch.nn.Module, trainer: Trainer, record: dict, folder: Path) -> None:
     from safetensors.torch import save_file
 
+    if trainer.scaler.is_enabled():
+        record["scaler"] = trainer.scaler.state_dict()
     tensors = {f"model.{k}": v.detach().clone() for k, v in model.named_parameters()}
-    for index, state in optimizer.state_dict()["state"].items():
+    for index, state in trainer.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": v.clone() for k, v in state.items()}
     save_file(tensors, folder / "checkpoint.tmp", metadata={"record": json.dumps(record)})
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.safetensors")
 
 
-def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, folder: Path) -> dict:
+def _restore(model: torch.nn.Module, trainer: Trainer, schedule: Schedule, folder: Path) -> dict:
     """Load the last checkpoint, or return the record of a run that has not begun."""
     fresh = {"schedule": json.loads(json.dumps(asdict(schedule))), "step": 0, "seconds": 0.0, "curve": [], "held_out": []}
     path = folder / "checkpoint.safetensors"
@@ -172,6 +244,7 @@ def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule:
 
     with safe_open(path, "pt") as file:
         record = json.loads(file.metadata()["record"])
+        record["schedule"].setdefault("precision", "bf16")  # what there was before there was a choice
         if record["schedule"] != fresh["schedule"]:
             changed = [k for k, v in fresh["schedule"].items() if record["schedule"].get(k) != v]
             raise UserError(f"{path}: was written with another schedule (differs in: {', '.join(changed)}); remove it")
@@ -182,5 +255,8 @@ def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule:
             if key.startswith("optimizer."):
                 _, index, name = key.split(".")
                 state.setdefault(int(index), {})[name] = file.get_tensor(key)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if trainer.scaler.is_enabled():
+        trainer.scaler.load_state_dict(record["scaler"])
     return record

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from qlib.evaluate.items import LEVELS, build_items, cut_windows
+from qlib.evaluate import quality
+from qlib.evaluate.items import LEVELS, Item, build_items, cut_windows
 from qlib.evaluate.quality import log_probabilities, score_items, score_windows
 
 
@@ -47,6 +48,27 @@ def test_options_behind_their_context_and_alone(tiny_model):
             np.testing.assert_allclose(alone[i, j], sum(log_likelihood(logits_of, [0, *option])), rtol=1e-5)
 
 
+def test_options_of_different_lengths_and_the_same_option_twice(tiny_model):
+    logits_of = logits_function(tiny_model())
+    items = [Item(0, 0, (5, 6), ((7, 8), (9,))), Item(0, 0, (), ((7, 8), (3, 4, 5)))]
+    inside, alone = score_items(logits_of, items, start=0)
+    assert alone[0, 0] == alone[1, 0]
+    for i, item in enumerate(items):
+        for j, option in enumerate(item.options):
+            expected = sum(log_likelihood(logits_of, [0, *item.context, *option])[-len(option) :])
+            np.testing.assert_allclose(inside[i, j], expected, rtol=1e-5)
+
+
+def test_what_else_is_in_a_batch_does_not_matter(tiny_model, monkeypatch):
+    logits_of = logits_function(tiny_model())
+    items, windows = build_items(documents(), CUTS, seed=0)[:9], [list(range(1, n)) for n in (40, 3, 25, 40)]
+    together = *score_items(logits_of, items, start=0), score_windows(logits_of, windows, start=0).nll
+    monkeypatch.setattr(quality, "BATCH_TOKENS", 1)
+    alone = *score_items(logits_of, items, start=0), score_windows(logits_of, windows, start=0).nll
+    for one, other in zip(together, alone):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
 def test_log_probabilities_are_normalised_and_predict_each_token(tiny_model):
     logits_of = logits_function(tiny_model())
     rows = next(iter(log_probabilities(logits_of, [[5, 6, 7, 8]], start=0)))
@@ -81,6 +103,14 @@ def test_items_follow_the_seed_and_a_limit_thins_them_evenly():
     assert build_items(texts, CUTS, 0) == build_items(texts, CUTS, 0) != build_items(texts, CUTS, 1)
     some = build_items(texts, CUTS, 0, limit=10)
     assert len(some) == 10 and some[0].document == 0 and some[-1].document == 11
+
+
+def test_arrays_of_ids_are_as_good_as_lists():
+    texts = documents(12)
+    arrays = [np.array(ids, dtype=np.int32) for ids in texts]
+    assert build_items(arrays, CUTS, 0) == build_items(texts, CUTS, 0)
+    assert cut_windows(arrays, 64) == cut_windows(texts, 64)
+    assert all(type(i) is int for item in build_items(arrays, CUTS, 0) for i in (*item.context, *item.options[0]))
 
 
 def test_windows_lie_inside_their_documents():

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from qlib.compress import compress
+from qlib.evaluate import baseline
 from qlib.evaluate.items import LEVELS
+from qlib.evaluate.logits import ModelLogits
 from qlib.evaluate.verb import evaluate
 from qlib.layers import packed_layers
 from qlib.models.load import load
@@ -96,3 +98,22 @@ def test_the_same_twice_and_in_bf16_afterwards(model_folder, texts):
     for old, new in zip(before, subject.model.parameters()):
         assert new.dtype == torch.bfloat16 and torch.equal(old, new)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_scorer_asks_the_baseline_again(model_folder, texts, monkeypatch, tmp_path):
+    folder = str(model_folder())
+    for scorer, kept in ((2, 1), (2, 1), (3, 2)):
+        monkeypatch.setattr(baseline, "SCORER", scorer)
+        evaluate(load(folder), texts, against=None)
+        assert len(list((tmp_path / "cache" / "baseline").iterdir())) == kept
+
+
+def test_the_answers_with_shared_contexts_are_those_of_separate_rows(model_folder, texts, monkeypatch):
+    rounded = compress(load(str(model_folder())), RECIPE)
+    shared = evaluate(rounded, texts)
+    monkeypatch.setattr(ModelLogits, "branches", None)
+    separate = evaluate(rounded, texts)
+    np.testing.assert_allclose(
+        shared.details["items"]["item_inside"], separate.details["items"]["item_inside"], atol=1e-4
+    )
+    assert shared.details["levels"] == separate.details["levels"]

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -221,9 +222,64 @@ def book(project):
     return collect(project / "reports" / "runs", project / "reports" / "published", project / "params")
 
 
+def scores(nats, right, documents=30, spread=0.0, seed=0):
+    """What a strategy's items.npz holds: the same nats per token and right answers of ten in every document.
+
+    Args:
+        spread: by how much documents differ from each other, drawn with `seed`.
+    """
+    noise = np.random.default_rng(seed).normal(0, 1, documents) * spread
+    gain = np.where(np.arange(10) < right, 1.0, -1.0)
+    inside = np.zeros((10 * documents, 4))
+    inside[:, 0] = np.tile(gain, documents)
+    return {
+        "item_document": np.repeat(np.arange(documents), 10),
+        "item_level": np.zeros(10 * documents, int),
+        "item_inside": inside,
+        "item_alone": np.zeros_like(inside),
+        "document_nll": 20 * (nats + noise),
+        "document_tokens": np.full(documents, 20),
+    }
+
+
+def strategy(folder: Path, name, family, recipe, nats, right, megabytes=3.0, spread=0.0, seed=0, items=True, **more):
+    """Write a strategy whose measurements follow from its scores."""
+    measured = quality(10.0 * right, 10.0 * right - 90, float(np.exp(nats)), megabytes, 16, family)
+    content = record(name, family, measured, **more)
+    content["params"] |= {"recipe": recipe, "evaluation": {"bootstrap": 200}}
+    write(folder / name, content)
+    if items:
+        np.savez(folder / name / "items.npz", **scores(nats, right, spread=spread, seed=seed))
+
+
+PRUNE, ROUND = {"pass": "width", "keep_heads": 0.5}, {"pass": "gptq", "bits": 4, "group_size": 128}
+TUNE, TUNE_MORE = ({"pass": "finetune", "tokens": n, "loss": "teacher"} for n in (1000, 500))
+TRAINED = (
+    ("baseline", "baseline", [], 2.0, 9, 3.0),
+    ("narrow", "pruning", [PRUNE], 3.0, 5, 2.0),
+    ("narrow-tuned", "finetuning", [PRUNE, TUNE], 2.4, 8, 2.0),
+    ("only-tuned", "finetuning", [TUNE | {"loss": "text"}], 1.8, 10, 3.0),
+    ("rounded-tuned", "finetuning", [ROUND, TUNE], 2.1, 8, 1.0),
+    ("all", "combined", [PRUNE, TUNE, ROUND, TUNE_MORE], 2.5, 7, 0.7),
+    ("all-but-first-training", "combined", [PRUNE, ROUND, TUNE_MORE], 2.8, 6, 0.7),
+    ("all-but-last-training", "combined", [PRUNE, TUNE, ROUND], 2.6, 7, 0.7),
+)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A book of strategies that were trained, with a control for one of them."""
+    from qlib.report.book import collect
+
+    for name, family, recipe, nats, right, size in TRAINED:
+        strategy(tmp_path / "reference-1" / "cpu", name, family, recipe, nats, right, size)
+    return collect(tmp_path, tmp_path / "none")
+
+
 @pytest.fixture
 def make():
     """The builders above, for tests that need records of their own."""
     from types import SimpleNamespace
 
-    return SimpleNamespace(number=number, quality=quality, record=record, speed=speed, write=write, executed=executed)
+    builders = (number, quality, record, speed, write, executed, scores, strategy)
+    return SimpleNamespace(**{build.__name__: build for build in builders})

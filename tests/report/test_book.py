@@ -6,7 +6,7 @@ import pytest
 
 from qlib.errors import UserError
 from qlib.report import words
-from qlib.report.article import CLAIMS, chosen
+from qlib.report.article import CLAIMS, article_table, chosen
 from qlib.report.book import collect
 
 
@@ -93,6 +93,35 @@ def test_the_articles_rows_choose_by_rule(book):
     assert found["weight_quantization"].name == "rtn-int4"  # int8 loses less, but the row is about four bits
     assert found["pruning"].name == "heads-third"  # wanda-50 does not become as small as claimed
     assert found["mixed_precision"].name == "evil"
+
+
+def test_a_row_without_a_claim_shows_what_is_really_smaller(trained, tmp_path, make):
+    found = {claim.title: chosen(trained, claim) for claim in CLAIMS}
+    assert found["Pruning, then recovery"].name == "narrow-tuned" and found["Combined"].name == "all"
+    assert found["Post-quantization fine-tuning"].name == "rounded-tuned"
+    assert found["Pruning"].name == "narrow" and found["Mixed precision"] is None
+    page = article_table(trained)._repr_html_()
+    assert page.count("not claimed") == 9 and "control" in page and "<td></td>" not in page
+    folder = tmp_path / "reference-1" / "cpu"
+    make.strategy(folder, "zeros", "pruning", [{"pass": "magnitude"}], 2.1, 9, 3.0)
+    make.strategy(folder, "narrow", "pruning", trained.get("narrow").params["recipe"], 3.0, 5, 2.9)
+    book = collect(tmp_path, tmp_path / "none")
+    assert chosen(book, CLAIMS[1]) is None  # zeros in a dense matrix do not count, nor does a saving below 5 %
+    assert "none becomes smaller" in article_table(book)._repr_html_()
+    assert "size and accuracy do not hold for pruning" in words.article_verdict(book)
+
+
+def test_the_smallest_is_no_dense_matrix_of_zeros_and_no_control(tmp_path, make):
+    folder = tmp_path / "reference-1" / "cpu"
+    make.strategy(folder, "baseline", "baseline", [], 2.0, 9)
+    make.strategy(folder, "zeros", "pruning", [{"pass": "magnitude"}], 2.0, 9)
+    make.strategy(folder, "control", "finetuning", [{"pass": "finetune"}], 1.9, 10)
+    make.strategy(folder, "small", "weight_quantization", [{"pass": "rtn"}], 2.2, 7, 1.0)
+    said = words.finding(collect(tmp_path, tmp_path / "none"))
+    assert said.startswith("Of 2 compressed strategies") and "every one that becomes smaller loses more than 1 %" in said
+    make.strategy(folder, "trained", "finetuning", [{"pass": "rtn"}, {"pass": "finetune"}], 1.9, 9, 1.1)
+    said = words.finding(collect(tmp_path, tmp_path / "none"))
+    assert "trained is the smallest that keeps at least 99 %" in said and "after the same training reaches 100" in said
 
 
 def test_the_first_sentence_follows_the_numbers(project, make):

@@ -33,6 +33,18 @@ def test_the_report(book):
     assert filled("{{ verdict: rtn-int4 }}", resolve).startswith("keeps at least 99 %")
     assert filled("{{ verdict: gptq-int4 }}", resolve) == "has not been compared with the baseline"
     assert filled("{{ finding }}", resolve).startswith("Of 8 compressed strategies")
+    assert filled("{{ family: pruning }}", resolve).startswith("0 of 2 keep at least 99 %")
+
+
+def test_a_record_of_training_precisions(tmp_path, make):
+    from qlib.report.book import collect
+
+    formats = {"bf16": {"train.tokens_per_second": make.number(9000, "tokens/s")}}
+    record = make.record("precisions", "training", {}, formats=formats)
+    make.write(tmp_path / "reference-1" / "cpu" / "precisions", record)
+    book = collect(tmp_path, tmp_path / "none")
+    assert filled("{{ bf16.train.tokens_per_second }}", entry_words(book.training)) == "9,000 tokens/s"
+    assert filled("{{ precisions: bf16.train.tokens_per_second }}", book_words(book)) == "9,000 tokens/s"
 
 
 @pytest.mark.parametrize("name", ["gptq-int4: quality.perplexity", "never-run: quality.kl", "speed-none: int4.x"])
@@ -52,6 +64,7 @@ def test_what_failed_or_never_ran_is_not_measured(book, name):
         ("{{ findin }}", "did you mean 'finding'"),
         ("{{ speed-qwen-72b: int4-g12.latency.decode_ms }}", "did you mean 'int4-g128'"),
         ("{{ speed-qwen-72b: latency }}", "a format and a measurement"),
+        ("{{ family: prunning }}", "did you mean 'pruning'"),
         ("{{ }}", "unknown"),
     ],
 )

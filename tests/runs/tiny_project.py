@@ -74,3 +74,18 @@ def write_notebook(path: Path, body: str, parameters: str = PARAMETERS, recorded
         cells.append(nbformat.v4.new_code_cell(f"qlib.record(run, {measurements()!r}, {{}})", id="record"))
     elsewhere = {"kernelspec": {"name": "elsewhere", "display_name": "Elsewhere", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=elsewhere), path)
+
+
+def write_lesson(root: Path, family: str, body: str = "print('look')", prose: str = "What is it? Look.") -> Path:
+    """A lesson that notes, like the strategies, that it was run."""
+    path = root / "notebooks" / "lessons" / f"{family}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    parameters = {"id": "parameters", "metadata": {"tags": ["parameters"]}}
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# All about {family}\n\n{prose}", id="title"),
+        nbformat.v4.new_code_cell('model: str = "model"\nseed: int = 0', **parameters),
+        nbformat.v4.new_code_cell(f"name = 'lesson-{family}'\n{COUNT}", id="count"),
+        nbformat.v4.new_code_cell(body, id="body"),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
