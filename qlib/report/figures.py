@@ -12,8 +12,8 @@ from qlib.report.theme import HEIGHT, INK, LINE, PAPER, SOFT, WIDTH, family_mark
 
 __all__ = [
     "pareto", "accuracy_deltas", "perplexity_ratios", "accuracy_by_level", "speed_bars", "layer_errors", "loss_curve",
-    "kept_cells", "error_by_kept",
-    "weight_histogram", "matrix_steps", "error_by_column",
+    "kept_cells", "error_by_kept", "sensitivities", "chosen_bits", "loss_differences", "number_line", "magnitudes",
+    "weight_histogram", "matrix_steps", "error_by_column", "weight_path",
 ]  # fmt: skip
 
 NAMES = {
@@ -369,3 +369,116 @@ def error_by_kept(frame):
         _lines(axes, frame, axis, ("error", "Relative error of the output"), "series")
 
     return _drawn(draw, HEIGHT, "" if len(frame) else "Nothing was pruned.")
+
+
+def sensitivities(frame):
+    """What rounding one linear alone does to the model, by block, a line per kind of linear.
+
+    Args:
+        frame: as of `frames.sensitivity_frame`, of one width.
+    """
+
+    def draw(axes):
+        _lines(axes, frame, ("block", "Block"), ("kl", "KL divergence (nats per token)"), "linear")
+        axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return _drawn(draw, HEIGHT + 0.7, "" if len(frame) else "No sensitivity was measured.")
+
+
+def chosen_bits(frame):
+    """Width of every linear: a cell per block and linear, darker and with a larger number for more bits.
+
+    Args:
+        frame: as of `frames.allocation_frame`.
+    """
+
+    def draw(axes):
+        from matplotlib.patches import Rectangle
+
+        names, widths = list(dict.fromkeys(frame["linear"])), sorted(set(frame["bits"]))
+        color = family_mark("mixed_precision")[0]
+        for _, row in frame.iterrows():
+            x, y = row["block"], names.index(row["linear"])
+            share = (widths.index(row["bits"]) + 1) / len(widths)
+            cell = Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, facecolor=color, alpha=0.15 + 0.55 * share, linewidth=0)
+            axes.add_patch(cell)
+            if frame["block"].max() < 16:
+                axes.annotate(str(row["bits"]), (x, y), ha="center", va="center", fontsize=10)
+        axes.set(xlim=(-0.6, frame["block"].max() + 0.6), ylim=(len(names) - 0.4, -0.6), xlabel="Block")
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(visible=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return _drawn(draw, 1.2 + ROW * frame["linear"].nunique(), "" if len(frame) else "Nothing was allocated.")
+
+
+def loss_differences(frame):
+    """Loss minus that of fp32 on the same batches, a line per precision.
+
+    Args:
+        frame: as of `frames.difference_frame`.
+    """
+
+    def draw(axes):
+        _lines(axes, frame, ("tokens", "Tokens"), ("difference", "Loss minus fp32 (nats)"), "series", markers=False)
+        axes.axhline(0, color=INK, linewidth=1.2)
+        axes.xaxis.set_major_formatter(_tokens)
+
+    return _drawn(draw, HEIGHT, "" if len(frame) else "Nothing was compared with fp32.")
+
+
+def number_line(frame):
+    """The numbers a format can hold within a range: a tick per number, a line per format.
+
+    Args:
+        frame: format, value.
+    """
+
+    def draw(axes):
+        names = list(dict.fromkeys(frame["format"]))
+        for place, (name, color) in enumerate(zip(names, itertools.cycle(_colors()))):
+            values = frame[frame["format"] == name]["value"]
+            axes.vlines(values, place - 0.3, place + 0.3, color=color, linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(visible=False)
+        axes.set_xlabel("Number")
+
+    return _drawn(draw, 1.2 + 0.42 * frame["format"].nunique(), "" if len(frame) else "There are no numbers.")
+
+
+def magnitudes(frame, floor: float, floor_name: str):
+    """How large numbers are, on a logarithmic axis, a curve per series; what lies left of the floor is lost.
+
+    Args:
+        frame: series, magnitude (above 0).
+        floor: the least number a format can hold. floor_name: what it is called.
+    """
+    import seaborn
+
+    def draw(axes):
+        look = {"element": "step", "fill": False, "bins": 60, "log_scale": True, "palette": _colors()[: frame["series"].nunique()]}
+        seaborn.histplot(frame, x="magnitude", hue="series", ax=axes, **look)
+        axes.axvline(floor, color=INK, linewidth=1.2, linestyle="--")
+        where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right", "fontsize": 9}
+        axes.annotate(floor_name, (floor, 0.5), (-4, 0), **where)
+        axes.set(xlabel="Magnitude", ylabel="Numbers")
+        axes.get_legend().set_title("")
+
+    return _drawn(draw, HEIGHT, "" if len(frame) else "There are no numbers.")
+
+
+def weight_path(frame, target: float):
+    """Where a weight goes as it is trained: step, value, series; a dashed line is the value it should have."""
+    import seaborn
+
+    def draw(axes):
+        look = {"palette": _colors()[: frame["series"].nunique()], "errorbar": None, "drawstyle": "steps-post"}
+        seaborn.lineplot(frame, x="step", y="value", hue="series", style="series", ax=axes, **look)
+        axes.axhline(target, color=SOFT, linewidth=1.2, linestyle="--")
+        axes.set_xlabel("Update")
+        axes.set_ylabel("Value")
+        axes.get_legend().set_title("")
+
+    return _drawn(draw, HEIGHT)

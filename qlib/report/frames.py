@@ -13,6 +13,8 @@ __all__ = [
     "levels_frame", "speed_frame", "formats_frame", "layer_frame", "curve_frame", "pareto_alt", "delta_alt",
     "ratio_alt", "curve_alt", "layer_alt", "level_alt", "speed_alt",
     "pruned_frame", "kept_frame", "stayed_frame", "kept_alt", "passes_frame",
+    "sensitivity_frame", "allocation_frame", "curves_frame", "difference_frame", "sensitivity_alt", "allocation_alt",
+    "difference_alt",
 ]  # fmt: skip
 
 PARETO = {
@@ -317,3 +319,76 @@ def passes_frame(training: list[dict]):
             frames.append(curve_frame(points, name + place))
         before += one["tokens"]
     return pandas.concat([f for f in frames if len(f)] or frames, ignore_index=True)
+
+
+def sensitivity_frame(sensitivity: list[dict], bits: int | None = None):
+    """block, linear, bits, kl: from a record's ``details.sensitivity``; default: of the least width alone."""
+    rows = [{**_place(one["name"]), "bits": one["bits"], "kl": one["kl"]} for one in sensitivity]
+    frame = _frame(rows, ["block", "linear", "bits", "kl"])
+    return frame[frame["bits"] == (frame["bits"].min() if bits is None else bits)].reset_index(drop=True)
+
+
+def allocation_frame(allocation: dict[str, int]):
+    """block, linear, bits: from a record's ``details.allocation``."""
+    rows = [{**_place(name), "bits": bits} for name, bits in allocation.items()]
+    return _frame(rows, ["block", "linear", "bits"])
+
+
+def _place(name: str) -> dict[str, Any]:
+    """Block and kind of a linear, from its path."""
+    parts = name.split(".")
+    return {"block": next((int(part) for part in parts if part.isdigit()), None), "linear": parts[-1]}
+
+
+def curves_frame(curves: dict[str, dict[str, list]]):
+    """tokens, loss, series: from ``details.curves`` of a comparison of precisions; seeds share a series."""
+    rows = [
+        {"tokens": tokens, "loss": loss, "series": name}
+        for name, seeds in curves.items()
+        for points in seeds.values()
+        for tokens, loss in points
+    ]
+    return _frame(rows, ["tokens", "loss", "series"])
+
+
+def difference_frame(curves: dict[str, dict[str, list]], reference: str = "fp32"):
+    """tokens, difference, series, seed: loss minus that of the reference, by seed."""
+    rows = []
+    for name, seeds in curves.items():
+        for seed, points in seeds.items():
+            base = dict(map(tuple, curves[reference][seed]))
+            same = [(tokens, loss - base[tokens]) for tokens, loss in points if tokens in base and name != reference]
+            rows += [{"tokens": tokens, "difference": gap, "series": name, "seed": seed} for tokens, gap in same]
+    return _frame(rows, ["tokens", "difference", "series", "seed"])
+
+
+def sensitivity_alt(frame) -> str:
+    """The finding of the sensitivities in words."""
+    if frame.empty:
+        return "No sensitivity was measured."
+    worst, best = frame.loc[frame["kl"].idxmax()], frame.loc[frame["kl"].idxmin()]
+    means = frame.groupby("linear", sort=False)["kl"].mean()
+    return (
+        f"At {worst['bits']} bits rounding {worst['linear']} of block {worst['block']} alone moves the model most, by "
+        f"{worst['kl']:.2g} nats per token, {best['linear']} of block {best['block']} least, by {best['kl']:.2g}; on "
+        f"average {means.idxmax()} matters most."
+    )
+
+
+def allocation_alt(frame) -> str:
+    """The finding of an allocation of bits in words."""
+    if frame.empty:
+        return "Nothing was allocated."
+    counts = frame["bits"].value_counts().sort_index()
+    most = frame[frame["bits"] == frame["bits"].max()]["linear"].value_counts()
+    shares = ", ".join(f"{count} linears get {bits} bits" for bits, count in counts.items())
+    return f"{shares}; the greatest width goes most often to {most.idxmax()}, in {most.max()} blocks."
+
+
+def difference_alt(frame) -> str:
+    """The finding of the loss differences in words."""
+    if frame.empty:
+        return "Nothing was compared with fp32."
+    spans = frame.groupby("series", sort=False)["difference"].agg(["min", "max"])
+    ranges = (f"{name} lies between {row['min']:.2g} and {row['max']:.2g} nats" for name, row in spans.iterrows())
+    return f"Loss minus that of fp32: {'; '.join(ranges)}."
