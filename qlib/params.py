@@ -12,8 +12,8 @@ from qlib.schema import check, describe, names_of, plain_problem, show
 from qlib.yamltext import read_yaml, shown
 
 __all__ = [
-    "Strategy", "Title", "Calibration", "Evaluation", "Training", "FAMILIES", "TIERS", "WITHOUT_RECIPE", "load_strategy",
-    "load_strategies", "check_notebook", "from_dict", "to_dict", "override", "expectation", "schema",
+    "Strategy", "Title", "Calibration", "Evaluation", "Training", "FAMILIES", "TIERS", "WITHOUT_RECIPE",
+    "load_strategy", "load_strategies", "check_notebook", "from_dict", "to_dict", "override", "expectation", "schema",
 ]  # fmt: skip
 
 FAMILIES = (

@@ -57,7 +57,8 @@ class Options:
             twice = f"{next(width for width in self.bits if self.bits.count(width) > 1)} " if self.bits else ""
             raise UserError(f"bits: {twice}{what}; allowed: a list of different widths, e.g. [4, 8]")
         if not min(self.bits) <= self.budget <= max(self.bits):
-            raise UserError(f"budget: {self.budget:g} is not allowed; allowed: {min(self.bits)} to {max(self.bits)} bits")
+            limits = f"{min(self.bits)} to {max(self.bits)} bits"
+            raise UserError(f"budget: {self.budget:g} is not allowed; allowed: {limits}")
 
 
 def check(subject: Subject, options: Options) -> None:
@@ -172,8 +173,8 @@ def _outputs(model: nn.Module, batches: list[Batch], index: int) -> torch.Tensor
 class Divergence:
     """Mean divergence in nats of a changed model's distributions from those of the model as it is.
 
-    With logits z = W h, the divergence of q from p is ``log sum exp(z_q) - log sum exp(z_p) - p . (z_q - z_p)``, and the
-    last term is ``(p W) . (h_q - h_p)``: of the vocabulary only one sum has to be formed for each changed model.
+    With logits z = W h, the divergence of q from p is ``log sum exp(z_q) - log sum exp(z_p) - p . (z_q - z_p)``, and
+    the last term is ``(p W) . (h_q - h_p)``: of the vocabulary only one sum has to be formed for each changed model.
 
     Args:
         head: maps hidden states to logits, without a bias.

@@ -464,7 +464,7 @@ def magnitudes(frame, floor: float, floor_name: str):
         where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "right", "fontsize": 9}
         axes.annotate(floor_name, (floor, 0.5), (-4, 0), **where)
         axes.set(xlabel="Magnitude", ylabel="Numbers")
-        axes.get_legend().set_title("")
+        seaborn.move_legend(axes, "lower center", bbox_to_anchor=(0.5, 1), ncols=2, title="")
 
     return _drawn(draw, HEIGHT, "" if len(frame) else "There are no numbers.")
 

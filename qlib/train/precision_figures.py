@@ -24,9 +24,11 @@ def measurements_of(
     seconds = [sum(spent for _, spent in run["turns"]) for run in own]
     speeds = np.concatenate([_speeds(run, batch_tokens) for run in own])
     found = {
-        "train.seconds": Measurement(float(np.mean(seconds)), "seconds", seeds, method="steps of one run", conditions=conditions),
+        "train.seconds": Measurement(
+            float(np.mean(seconds)), "seconds", seeds, method="steps of one run", conditions=conditions
+        ),
         "train.tokens_per_second": measured(
-            median_interval(speeds), "tokens/s", len(speeds), f"median of turns of {TURN} steps, but the first", conditions
+            median_interval(speeds), "tokens/s", len(speeds), f"median turn of {TURN} steps, not the first", conditions
         ),
         "train.peak_rss_bytes": Measurement(
             max(run["peak"] for run in own), "bytes", seeds,
@@ -55,12 +57,12 @@ def _loss_difference(own: list[dict], base: list[dict]) -> Measurement:
     conditions = f"steps {steps - last + 1} to {steps}"
     if len(rows) > 1:
         means = rows.mean(1)
-        triple, method = (means.mean(), means.min(), means.max()), "mean over steps and seeds; from the least to the greatest seed"
+        triple = means.mean(), means.min(), means.max()
+        method = "mean over steps and seeds; from the least to the greatest seed"
         return measured(tuple(map(float, triple)), "nats", len(means), method, conditions)
     draws = resample(last, 1000, 0)
-    return measured(
-        ratio_interval(rows[0], np.ones(last), draws), "nats", last, "mean over steps, one seed; bootstrap over steps", conditions
-    )
+    triple, method = ratio_interval(rows[0], np.ones(last), draws), "mean over steps, one seed; bootstrap over steps"
+    return measured(triple, "nats", last, method, conditions)
 
 
 def _quality(own: list[dict], base: list[dict], owners: np.ndarray, draws: np.ndarray) -> dict[str, Measurement]:
@@ -86,7 +88,8 @@ def _quality(own: list[dict], base: list[dict], owners: np.ndarray, draws: np.nd
 
 def details_of(found: list[dict[str, dict]], seeds: Sequence[int], batch_tokens: int) -> dict[str, Any]:
     """What else belongs into the record, by precision."""
-    details: dict[str, Any] = {"curves": {}, "loss_scale": {}, "skipped_steps": {}, "speedup": {}, "memory": {}, "by_seed": {}}
+    names = ("curves", "loss_scale", "skipped_steps", "speedup", "memory", "by_seed")
+    details: dict[str, Any] = {name: {} for name in names}
     for one in found[0]:
         runs = {str(seed): by[one] for seed, by in zip(seeds, found)}
         details["curves"][one] = {seed: _curve(run["losses"], batch_tokens) for seed, run in runs.items()}

@@ -1,7 +1,7 @@
 """Compare training precisions: the same model, weights, batches and steps, in fp32, tf32, bf16 and fp16.
 
-Every precision trains in a process of its own, so that its peak memory is its own, and the processes take turns of a few
-steps, so that whatever else happens to the machine happens to all of them.
+Every precision trains in a process of its own, so that its peak memory is its own, and the processes take turns of a
+few steps, so that whatever else happens to the machine happens to all of them.
 """
 
 import time
@@ -101,13 +101,19 @@ class Run:
 
 
 def compare_precisions(
-    training: Any, precisions: Sequence[str], model: str, calibration: Any, evaluation: Any, seed: int = 0, device: str = "cpu"
+    training: Any,
+    precisions: Sequence[str],
+    model: str,
+    calibration: Any,
+    evaluation: Any,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Comparison:
     """Train models of the shape of `model` from random weights, one in each precision, and compare them.
 
     Args:
-        training: has ``tokens``, ``length``, ``batch_tokens``, ``peak_lr``, ``seeds`` and ``fp16_steps``: fp16 ends after
-            so many steps on a CPU, which has no fast path for it, and has no final quality then.
+        training: has ``tokens``, ``length``, ``batch_tokens``, ``peak_lr``, ``seeds`` and ``fp16_steps``: fp16 ends
+            after so many steps on a CPU, which has no fast path for it, and has no final quality then.
         precisions: fp32 and others of `qlib.train.pretrain.Precision`.
         calibration: has ``text``, the training split of which is trained on.
         evaluation: has ``text``, ``documents``, ``length`` and ``bootstrap``; its evaluation split is scored.
@@ -141,9 +147,8 @@ def compare_precisions(
     owners = np.array([number for number, _ in windows])
     draws = resample(len(documents), evaluation.bootstrap, seed)
     base = [by[REFERENCE] for by in found]
-    formats = {
-        one: measurements_of([by[one] for by in found], base, training.batch_tokens, owners, draws) for one in precisions
-    }
+    tokens = training.batch_tokens
+    formats = {one: measurements_of([by[one] for by in found], base, tokens, owners, draws) for one in precisions}
     data = hash_documents(evaluation.text, documents)
     protocol = (
         f"{training.seeds} seed(s) of {training.tokens} tokens, training split of {calibration.text}, length "
@@ -151,7 +156,8 @@ def compare_precisions(
         f"threads, {device}; scored in fp32 on {len(documents)} documents of the evaluation split of {evaluation.text} "
         f"{data[:12]}, context {evaluation.length}"
     )
-    return Comparison(formats, details_of(found, seeds, training.batch_tokens) | {"protocol": protocol, "data_sha256": data})
+    details = details_of(found, seeds, tokens) | {"protocol": protocol, "data_sha256": data}
+    return Comparison(formats, details)
 
 
 def check_precisions(precisions: Sequence[str], device: str) -> None:

@@ -26,7 +26,8 @@ class Remote:
             fine, answer = self.pipe.recv()
         except EOFError:
             self.process.join()
-            raise RuntimeError(f"a training process ended without an answer, exit code {self.process.exitcode}") from None
+            code = self.process.exitcode
+            raise RuntimeError(f"a training process ended without an answer, exit code {code}") from None
         if not fine:
             raise answer
         return answer
