@@ -12,7 +12,7 @@ from torch import nn
 from qlib.models.families import blocks_of, family_of
 from qlib.progress import progress
 
-__all__ = ["walk", "Batch"]
+__all__ = ["walk", "first_inputs", "run_block", "Batch"]
 
 #: Hidden states `[rows, tokens, hidden]` on their way through the blocks, and the other arguments of a block.
 Batch = tuple[torch.Tensor, dict[str, Any]]
@@ -37,25 +37,25 @@ def walk(
         close_group: called after the block ran; replaces the linears of the group in place.
     """
     groups = family_of(model.config).groups
-    batches = _first_inputs(model, ids) if ids else []
+    batches = first_inputs(model, ids) if ids else []
     blocks = blocks_of(model)
     for index in progress(0, len(blocks), label):
         block = blocks[index]
         feeds = {names: open_group(index, block, names) for names in groups}
         if batches and any(feeds.values()):
             with _listening(block, feeds):
-                _run(block, batches)
+                run_block(block, batches)
         for names in groups:
             close_group(index, block, names)
         if batches and index + 1 < len(blocks):
-            batches = _run(block, batches)
+            batches = run_block(block, batches)
 
 
 class _Reached(Exception):
     """Ends a forward pass once the first block has been reached."""
 
 
-def _first_inputs(model: nn.Module, ids: list[torch.Tensor]) -> list[Batch]:
+def first_inputs(model: nn.Module, ids: list[torch.Tensor]) -> list[Batch]:
     """Hidden states and keyword arguments with which the first block is called."""
     batches: list[Batch] = []
 
@@ -75,7 +75,7 @@ def _first_inputs(model: nn.Module, ids: list[torch.Tensor]) -> list[Batch]:
     return batches
 
 
-def _run(block: nn.Module, batches: list[Batch]) -> list[Batch]:
+def run_block(block: nn.Module, batches: list[Batch]) -> list[Batch]:
     """Run one block over all batches; older blocks return a tuple, newer ones the hidden states."""
     outputs = [(block(hidden, **kwargs), kwargs) for hidden, kwargs in batches]
     return [(out[0] if isinstance(out, tuple) else out, kwargs) for out, kwargs in outputs]

@@ -39,13 +39,17 @@ class Document:
 
 
 @lru_cache(maxsize=None)
-def _files(package: str) -> dict[str, Path]:
+def _distribution(package: str) -> metadata.Distribution:
     try:
-        files = metadata.distribution(package).files or []
+        return metadata.distribution(package)
     except metadata.PackageNotFoundError:
         raise UserError(
             f"corpus: package '{package}' is not installed; install requirements.lock (`make env`)"
         ) from None
+
+
+def _files(package: str) -> dict[str, Path]:
+    files = _distribution(package).files or []
     return {str(f): Path(f.locate()) for f in files if f.suffix == ".py" and ".." not in f.parts}
 
 
@@ -80,8 +84,8 @@ def read_entry(entry: Entry, manifest: Path = MANIFEST) -> Document:
         UserError: the file is missing or differs from the one the numbers were published on.
     """
     _, package, digest, path = entry
-    file = _files(package).get(path)
-    if file is None or not file.is_file():
+    file = Path(_distribution(package).locate_file(path))
+    if not file.is_file():
         raise UserError(f"corpus: {path} of {package} is missing; reinstall requirements.lock (`make env`)")
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != digest:

@@ -21,7 +21,7 @@ from qlib.models.load import Subject
 from qlib.progress import progress
 from qlib.quantize import rtn
 from qlib.recipe import Context
-from qlib.walk import Batch, _first_inputs, _run
+from qlib.walk import Batch, first_inputs, run_block
 
 __all__ = ["Options", "SCOPE", "CALIBRATES", "NEEDS_FLOAT", "plan", "check", "allocate", "sensitivities", "format_at"]
 
@@ -131,7 +131,7 @@ def sensitivities(
     """
     blocks, paths, losses = blocks_of(model), [], []
     with in_float32(model.get_submodule(family_of(model.config).embedding)):
-        batches = _first_inputs(model, ids)
+        batches = first_inputs(model, ids)
     divergence = Divergence(model.get_output_embeddings(), _outputs(model, batches, 0))
     for index in progress(0, len(blocks), "sensitivity"):
         for name, linear in linears_of(model, blocks[index]).items():
@@ -158,7 +158,7 @@ def rounded(linear: nn.Linear, options: rtn.Options) -> Iterator[None]:
 
 def _through(block: nn.Module, batches: list[Batch]) -> list[Batch]:
     with in_float32(block):
-        return _run(block, batches)
+        return run_block(block, batches)
 
 
 def _outputs(model: nn.Module, batches: list[Batch], index: int) -> torch.Tensor:

@@ -70,7 +70,9 @@ def code_cells(notebook: Path) -> list[str]:
 
 
 def _texts(strategy: Strategy, root: Path) -> dict[str, str]:
-    texts = {strategy.evaluation.text} | ({strategy.calibration.text} if strategy.recipe else set())
+    texts = {strategy.evaluation.text} | {step["text"] for step in strategy.recipe if "text" in step}
+    if strategy.recipe or strategy.family == "training":
+        texts.add(strategy.calibration.text)
     return {text: data_hash(text, root) for text in sorted(texts)}
 
 

@@ -12,8 +12,8 @@ __all__ = ["FakeQuantLinear", "fake_quantize", "straight_through", "unpack_for_t
 
 #: What a learning rate means here: a weight moves by `CODE_RATE` of it in steps of its scale, a scale by `SCALE_RATE`
 #: of it relative to itself. Chosen on development text at 2 and 3 bits.
-CODE_RATE = 10.0
-SCALE_RATE = 5.0
+CODE_RATE = 30.0
+SCALE_RATE = 20.0
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -47,7 +47,7 @@ class Options:
 
     tokens: int = field(default=500_000, metadata={"minimum": 1})
     length: int = field(default=256, metadata={"minimum": 2})
-    batch_tokens: int = field(default=4096, metadata={"minimum": 2})
+    batch_tokens: int = field(default=2048, metadata={"minimum": 2})
     peak_lr: float = 1e-3
     warmup: float = 0.05
     loss: Literal["cross_entropy", "distillation"] = "cross_entropy"

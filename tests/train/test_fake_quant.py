@@ -1,4 +1,4 @@
-"""Training through rounding: gradients against the formulas and finite differences, and the way back to packed codes."""
+"""Training through rounding: gradients against formulas and finite differences, and the way back to packed codes."""
 
 import pytest
 import torch
