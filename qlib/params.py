@@ -112,7 +112,7 @@ class Strategy:
         family: decides which measurements the record must hold.
         tier: how often it runs: smoke (every change), core (make report), full (make report-full).
         notebook: file in notebooks/ that is executed.
-        model: "reference-1", a folder, a hub id, or for the speed family the name of a shape.
+        model: "reference-2", a folder, a hub id, or for the speed family the name of a shape.
         recipe: the passes in order, each {pass: NAME, option: value, ...}.
         seed: of everything random.
         calibration: text that the passes may look at.
@@ -129,7 +129,7 @@ class Strategy:
     family: Literal[FAMILIES]  # type: ignore[valid-type]
     tier: Literal[TIERS]  # type: ignore[valid-type]
     notebook: str
-    model: str = "reference-1"
+    model: str = "reference-2"
     recipe: list[dict[str, Any]] = field(default_factory=list)
     seed: int = field(default=0, metadata={"minimum": 0})
     calibration: Calibration = Calibration()

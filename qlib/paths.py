@@ -8,10 +8,12 @@ from pathlib import Path
 
 from qlib.errors import UserError
 
-__all__ = ["find_root", "slug", "run_folder", "cache_folder", "write_atomic", "REFERENCE"]
+__all__ = ["find_root", "slug", "run_folder", "cache_folder", "write_atomic", "shipped_model", "MODELS", "REFERENCE"]
 
 #: The quality subject that ships with the package; "reference" in a strategy file means this one.
-REFERENCE = "reference-1"
+REFERENCE = "reference-2"
+#: Where it lies, beside those that came before it: published numbers name their subject.
+MODELS = Path(__file__).parent / "models"
 
 
 def find_root(start: Path | str | None = None) -> Path:
@@ -27,10 +29,16 @@ def find_root(start: Path | str | None = None) -> Path:
     raise UserError(f"{begin}: neither this folder nor one above it holds params/ and notebooks/; go to the project")
 
 
+def shipped_model(model: str) -> str | None:
+    """The name of a model that ships with the package, "reference" being the newest; None for all others."""
+    name = REFERENCE if model == "reference" else model
+    return name if re.fullmatch(r"reference-\d+", name) and (MODELS / name / "config.json").is_file() else None
+
+
 def slug(model: str, root: Path | None = None) -> str:
-    """A folder name for `model`: ``reference-1``, ``Qwen--Qwen2.5-0.5B`` (hub id), ``name-1a2b3c4d`` (folder)."""
-    if model in ("reference", REFERENCE):
-        return REFERENCE
+    """A folder name for `model`: ``reference-2``, ``Qwen--Qwen2.5-0.5B`` (hub id), ``name-1a2b3c4d`` (folder)."""
+    if shipped := shipped_model(model):
+        return shipped
     folder = Path(root or Path.cwd(), Path(model).expanduser())
     if folder.is_dir():
         where = str(folder.resolve())

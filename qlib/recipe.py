@@ -86,5 +86,8 @@ def read_recipe(recipe: list[dict[str, Any]]) -> list[tuple[ModuleType, Any]]:
                     f"recipe[{index}].{key}: unknown option of pass '{step['pass']}'{nearest(key, known)}; "
                     f"allowed: {', '.join(known)}"
                 )
-        steps.append((module, module.Options(**options)))
+        try:
+            steps.append((module, module.Options(**options)))
+        except UserError as error:
+            raise UserError(f"recipe[{index}].{error}") from None
     return steps

@@ -93,7 +93,7 @@ def test_bad_input_on_the_command_line(root, capsys):
 
 
 def test_bad_models(root, capsys):
-    assert "neither 'reference-1', nor an existing folder" in refused(capsys, "run", "--model", "./nowhere")
+    assert "neither 'reference-2', nor an existing folder" in refused(capsys, "run", "--model", "./nowhere")
     (root / "model" / "tokenizer.json").rename(root / "model" / "tokens.json")
     assert "model: has no tokenizer" in refused(capsys, "run")
     (root / "model" / "tokens.json").rename(root / "model" / "tokenizer.json")
@@ -131,7 +131,7 @@ def test_list_of_what_was_never_run_and_of_what_was_published(root, capsys):
 
 def _record(name: str, **changes) -> dict:
     accuracy = {"value": 90.82, "unit": "percent", "n": 10, "low": 90, "high": 91, "conditions": ""}
-    common = {"name": name, "title": TITLE, "family": "weight_quantization", "model": "reference-1", "device": "cpu"}
+    common = {"name": name, "title": TITLE, "family": "weight_quantization", "model": "reference-2", "device": "cpu"}
     measured = {"measurements": {"quality.accuracy": accuracy}, "duration_seconds": 61}
     rest = measured | {"shape_format": "int8", "kept": {"heads": 1.0}, "key": "k"}
     return common | rest | changes
@@ -147,7 +147,7 @@ def test_show_joins_the_figures_of_the_shape(root, capsys):
     runs = root / "reports" / "runs"
     decode = {"value": 11.9, "unit": "ms", "n": 10, "low": 11, "high": 12, "method": "", "conditions": "context 256"}
     formats = {"int8": {"latency.decode_ms": decode}}
-    _write(runs / "reference-1" / "cpu" / "rtn-int8", _record("rtn-int8"))
+    _write(runs / "reference-2" / "cpu" / "rtn-int8", _record("rtn-int8"))
     _write(runs / "qwen-1b" / "cpu" / "speed", _record("speed", family="speed", model="qwen-1b", formats=formats))
     assert cli.main(["show", "rtn-int8", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["measurements"]

@@ -142,7 +142,7 @@ def test_parameters_agree_with_the_schema(notebook):
 def test_lesson_takes_a_model_and_a_seed_and_records_nothing(notebook):
     assert notebook.stem in FAMILIES
     lines = [line.partition("#")[0].rstrip() for line in parameters_cell(notebook).splitlines()]
-    assert lines == ['model: str = "reference-1"', "seed: int = 0"]
+    assert lines == ['model: str = "reference-2"', "seed: int = 0"]
     assert not {"start", "record"} & set(verbs_of(ast.parse("\n".join(code_of(notebook)))))
 
 

@@ -18,7 +18,7 @@ BASELINE = {
     "family": "baseline",
     "tier": "core",
     "notebook": "baseline.ipynb",
-    "model": "reference-1",
+    "model": "reference-2",
     "seed": 3,
 }
 
@@ -53,7 +53,7 @@ def test_written_result(run):
     assert written["measurements"]["quality.perplexity"]["low"] is None
     assert written["protocol"] == "one line" and written["kept"]["heads"] == 0.5 and written["shape_format"] == "bf16"
     assert written["details"] == {"layers": [{"name": "q", "error": 0.25, "shape": [2, 3]}]}
-    assert written["params"]["seed"] == 3 and written["model"] == "reference-1" and written["device"] == "cpu"
+    assert written["params"]["seed"] == 3 and written["model"] == "reference-2" and written["device"] == "cpu"
     assert np.load(run.folder / "items.npz")["scores"].tolist() == [0, 1, 2, 3, 4]
     assert {file.name for file in run.folder.iterdir()} == {"result.json", "items.npz"}
 

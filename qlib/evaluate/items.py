@@ -23,7 +23,7 @@ class Level:
     continuation: int
 
 
-#: Frozen with `reference-1`; hardest first. The headline is the hardest at which the baseline exceeds 85 %.
+#: Frozen with `reference-2`; hardest first. The headline is the hardest at which the baseline exceeds 85 %.
 LEVELS = (Level("hard", "line", 48, 16), Level("medium", "any", 48, 16), Level("easy", "word", 48, 16))
 CHOICES = 4
 PASSAGES = 4  # of one document, at most

@@ -19,6 +19,8 @@ Calls = Mapping[str, Sequence[Callable[[], object]]]
 
 #: Rounds of a warm-up batch, and how often it is repeated at most.
 BATCH, BATCHES = 3, 4
+#: After two batches, warming up also ends once it has taken so many seconds: long calls need no more of it.
+WARM_SECONDS = 20.0
 #: Copies of a thing that one round uses.
 SHARE = 64
 SETTLED = 0.05
@@ -52,8 +54,10 @@ def time_rounds(calls: Calls, rounds: int, device: torch.device, batches: int = 
             from one batch of rounds to the next.
     """
     before: dict[str, float] = {}
-    warm_up, settled, turn = 0, False, 0
+    warm_up, settled, turn, begun = 0, False, 0, time.perf_counter()
     while not settled and warm_up < batches * BATCH:
+        if warm_up >= 2 * BATCH and time.perf_counter() - begun > WARM_SECONDS:
+            break
         batch = [_round(calls, device, turn + index) for index in range(BATCH)]
         medians = {name: median(values[name] for values in batch) for name in calls}
         settled = bool(before) and all(abs(medians[name] / before[name] - 1) < SETTLED for name in calls)

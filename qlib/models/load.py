@@ -1,9 +1,10 @@
 """Load a causal language model and its tokenizer: the shipped one, a folder or a hub id; safetensors only."""
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 from torch import nn
@@ -11,10 +12,10 @@ from torch import nn
 from qlib.errors import UserError
 from qlib.models.checkpoint import TensorEntry, check_entries, check_tokenizer, read_config, read_entries
 from qlib.models.families import family_of
+from qlib.paths import MODELS, shipped_model
 
-__all__ = ["Subject", "Source", "load", "locate", "REFERENCE"]
+__all__ = ["Subject", "Source", "load", "locate"]
 
-REFERENCE = "reference-1"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*"]
 
@@ -56,8 +57,8 @@ def locate(model: str, revision: str | None = None) -> Source:
     Raises:
         UserError: neither a folder nor a hub id; the hub does not know it or cannot be reached.
     """
-    if model in ("reference", REFERENCE):
-        return Source(REFERENCE, Path(__file__).parent / REFERENCE, None)
+    if shipped := shipped_model(model):
+        return Source(shipped, MODELS / shipped, None)
     if Path(model).is_dir():
         return Source(str(model), Path(model), None)
     if not HUB_ID.fullmatch(model):
@@ -102,13 +103,28 @@ def load(model: str = "reference", device: str = "cpu", revision: str | None = N
         network = load_packed(source.folder, config, entries)
     else:
         check_entries(entries, _expected(config, entries), source.folder)
-        network = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
-        )
+        with _without_bar():
+            network = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
+            )
     check_finite(network, entries, source.folder)
     network.get_submodule(family.blocks)
     network.eval().requires_grad_(False)
     return Subject(network.to(device), tokenizer, config, source)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Keep transformers' own progress bar out of notebooks; afterwards it is as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def empty_model(config: Any) -> nn.Module:

@@ -2,16 +2,12 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from qlib.errors import UserError, nearest
+from qlib.paths import MODELS, REFERENCE, shipped_model
 
 __all__ = ["Shape", "SHAPES", "kept_width", "find_shape", "layer_config"]
-
-#: The shipped model's shape is read from its own configuration.
-REFERENCE = "reference-1"
-REFERENCE_CONFIG = Path(__file__).parent / REFERENCE / "config.json"
 
 #: What the width of a pruned FFN is a multiple of: the group size of most number formats.
 FFN_STEP = 128
@@ -124,26 +120,24 @@ SHAPES = {
 
 
 def find_shape(name: str) -> Shape:
-    """The shape of a model by name: one of `SHAPES`, or the shipped reference model.
+    """The shape of a model by name: one of `SHAPES`, or a shipped model, whose configuration tells it.
 
     Raises:
-        UserError: unknown name, or the reference model is not there.
+        UserError: unknown name.
     """
-    if name in ("reference", REFERENCE):
-        return _read(REFERENCE_CONFIG)
+    if shipped := shipped_model(name):
+        return _read(shipped)
     if name not in SHAPES:
         known = [*SHAPES, REFERENCE]
         raise UserError(f"model: no true shape is known for '{name}'{nearest(name, known)}; known: {', '.join(known)}")
     return SHAPES[name]
 
 
-def _read(path: Path) -> Shape:
-    if not path.is_file():
-        raise UserError(f"{path}: is missing, so the shape of {REFERENCE} is not known")
-    config = json.loads(path.read_text(encoding="utf-8"))
+def _read(name: str) -> Shape:
+    config = json.loads((MODELS / name / "config.json").read_text(encoding="utf-8"))
     rotary = config.get("rope_parameters") or {}
     return Shape(
-        REFERENCE,
+        name,
         config["num_hidden_layers"],
         config["hidden_size"],
         config["num_attention_heads"],

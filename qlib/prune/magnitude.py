@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qlib.errors import UserError
 from qlib.prune.mask import PrunedWeight
 from qlib.prune.select import check_sparsity, choose_mask
 
@@ -25,6 +26,10 @@ class Options:
 
     sparsity: float = field(default=0.5, metadata={"minimum": 0})
     pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise UserError(f"sparsity: {self.sparsity} is not allowed; allowed: at least 0, less than 1")
 
 
 def solve(

@@ -76,8 +76,6 @@ def check_sparsity(subject: Any, options: Any) -> None:
     Raises:
         UserError: names the field, its value and what is allowed.
     """
-    if not 0 <= options.sparsity < 1:
-        raise UserError(f"sparsity: {options.sparsity} is not allowed; allowed: at least 0, less than 1")
     if options.pattern is None:
         return
     kept, of = read_pattern(options.pattern)

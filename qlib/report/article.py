@@ -1,5 +1,6 @@
 """The article's table: what it claims, beside what was measured here and at the true shape of Qwen-72B."""
 
+import re
 from dataclasses import dataclass
 
 from qlib.report import numbers
@@ -162,7 +163,11 @@ def _request(book: Book, entry: Entry, model: str) -> Cell:
         compared = entry.family != "baseline" and numbers.number(faster) is not None
         words = numbers.speedup(faster) if compared else ""
         lines += [text, numbers.interval(time), f"{words} as fast" if words not in ("", numbers.SAME) else words]
-    return Cell(lines[0], tuple(lines[1:])) if lines else Cell(numbers.ABSENT)
+    if lines:
+        return Cell(lines[0], tuple(lines[1:]))
+    format = str(entry.record.get("shape_format"))
+    kernelless = bool(devices) and re.match(r"int[2356]\b", format)
+    return Cell(f"not timed: {format} has no packed kernel" if kernelless else numbers.ABSENT, kind="absent")
 
 
 def _smaller(whole: dict | None, part: dict | None) -> str:

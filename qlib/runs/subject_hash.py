@@ -7,22 +7,21 @@ from pathlib import Path
 
 from qlib.errors import UserError
 from qlib.models.checkpoint import check_tokenizer, read_entries
-from qlib.paths import REFERENCE, cache_folder, write_atomic
+from qlib.paths import MODELS, REFERENCE, cache_folder, shipped_model, write_atomic
 
 __all__ = ["model_hash", "data_hash", "hash_files"]
 
-SHIPPED = Path(__file__).parent.parent / "models" / REFERENCE
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def model_hash(model: str, root: Path) -> str:
-    """SHA-256 over configuration and weights of the shipped model or a folder; id and revision of a hub model.
+    """SHA-256 over configuration and weights of a shipped model or a folder; id and revision of a hub model.
 
     Raises:
         UserError: a path that does not exist, a folder without config.json or without safetensors.
     """
-    if model in ("reference", REFERENCE):
-        return _folder_hash(SHIPPED)
+    if shipped := shipped_model(model):
+        return _folder_hash(MODELS / shipped)
     folder = Path(root, Path(model).expanduser())
     if folder.is_dir():
         return _folder_hash(folder)

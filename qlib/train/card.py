@@ -20,8 +20,7 @@ def write_card(folder: Path, name: str, config: Any, training: dict[str, Any], f
 
 def card(name: str, config: Any, training: dict[str, Any], found: Acceptance) -> str:
     """The card as Markdown."""
-    tokens, parameters = training["tokens"], training["parameters"]
-    machine = training["machine"]
+    parameters, machine = training["parameters"], training["machine"]
     verdict = "accepted" if found.separated and found.in_band else "NOT accepted"
     rows = "\n".join(_row(asdict(found)["rows"][i]) for i in range(len(found.rows)))
     levels = "\n".join(
@@ -45,9 +44,9 @@ quality can be measured on any machine, offline, within minutes. It completes Py
 - **Text**: {training["corpus"]}; exact and near duplicates removed, split by document into training, calibration,
   development and evaluation text. The manifest names every file with its SHA-256. The packages' licences are permissive
   (BSD, MIT, Apache, PSF); no text is shipped, it is read from the installed packages.
-- **Training**: {tokens:,} tokens ({tokens / parameters:.0f} per parameter, {tokens / training["stream_tokens"]:.2f} passes over
-  the text), batches of {training["schedule"]["batch_tokens"]} tokens, AdamW, peak learning rate
-  {training["schedule"]["peak_lr"]}, cosine to {100 * training["schedule"]["final_share"]:.0f} % of it, bf16 autocast,
+- **Training**: {_history(training)}; {training["tokens"] / training["stream_tokens"]:.2f} passes over the text, batches
+  of {training["schedule"]["batch_tokens"]} tokens, AdamW, peak learning rate {training["schedule"]["peak_lr"]},
+  cosine to {100 * training["schedule"]["final_share"]:.0f} % of it, bf16 autocast,
   {clock(training["seconds"])} on {machine["cpu"]} with {machine["cores"]} cores; last training loss
   {training["curve"][-1][1]:.3f}, held-out loss {training["held_out"][-1][1]:.3f} nats per token.
 - **Made by** `notebooks/reference_model.ipynb`; the loss curve is in `training.json`.
@@ -71,6 +70,16 @@ Accuracy of the baseline by difficulty (chance is 25 %; one level must lie betwe
 It has seen Python source only, with one vocabulary of {config.vocab_size} tokens; how strongly it reacts to compression says
 which method loses more, not how much a model of billions of parameters would lose. A retrained model gets a new name.
 """
+
+
+def _history(training: dict[str, Any]) -> str:
+    """How many tokens, and on top of which earlier training."""
+    earlier = training.get("earlier") or {}
+    total = training["tokens"] + earlier.get("tokens", 0)
+    words = f"{training['tokens']:,} tokens"
+    if "tokens" in earlier:
+        words += f" in random order of the documents, on top of the {earlier['tokens']:,} of {earlier['name']}"
+    return f"{words} ({total / training['parameters']:.0f} per parameter)"
 
 
 def _row(row: dict[str, Any]) -> str:

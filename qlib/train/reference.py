@@ -14,7 +14,7 @@ from qlib.paths import write_atomic
 from qlib.train.acceptance import Acceptance, accept
 from qlib.train.card import write_card
 
-__all__ = ["configuration", "random_model", "describe", "save", "accept_and_card"]
+__all__ = ["configuration", "random_model", "start_from", "shuffled", "describe", "save", "accept_and_card"]
 
 
 def configuration(
@@ -50,8 +50,28 @@ def random_model(config: Any, seed: int) -> nn.Module:
         return Qwen2ForCausalLM._from_config(config, attn_implementation="eager", dtype=torch.float32)
 
 
-def describe(training: dict[str, Any], model: nn.Module, stream: np.ndarray, manifest: Path) -> dict[str, Any]:
-    """Add to a training record what was trained on what, and where."""
+def start_from(name: str) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """A trained model in fp32 to go on from, its tokenizer, and the record of its training (only a name if it has none)."""
+    from qlib.models.load import load
+
+    subject = load(name)
+    model = random_model(subject.config, 0)
+    model.load_state_dict({key: value.float() for key, value in subject.model.state_dict().items()})
+    model.tie_weights()
+    file = subject.source.folder / "training.json"
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return model, subject.tokenizer, earlier | {"name": subject.source.name}
+
+
+def shuffled(texts: list[str], seed: int) -> list[str]:
+    """The documents in random order: package by package, the end of the training would see only the last packages."""
+    return [texts[index] for index in np.random.default_rng(seed).permutation(len(texts))]
+
+
+def describe(
+    training: dict[str, Any], model: nn.Module, stream: np.ndarray, manifest: Path, earlier: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Add to a training record what was trained on what, and where; and from which training it went on."""
     from qlib.runs.provenance import provenance
 
     where = provenance()
@@ -64,6 +84,7 @@ def describe(training: dict[str, Any], model: nn.Module, stream: np.ndarray, man
         "manifest_sha256": hashlib.sha256(manifest.read_bytes()).hexdigest(),
         "machine": {name: where.get(name) for name in ("cpu", "cores", "threads", "gpu", "os", "python")},
         "packages": where.get("packages", {}),
+        "earlier": {key: earlier[key] for key in ("name", "tokens", "seconds") if key in earlier} if earlier else None,
     }
 
 

@@ -141,6 +141,14 @@ def test_warming_up_ends_when_medians_rest(monkeypatch):
     assert done.warm_up == 12 and done.settled and (done.rounds["A"] == 2000).all()
 
 
+def test_warming_up_with_long_calls_is_short(monkeypatch):
+    times = iter([8.0] * 3 + [4.0] * 3 + [2.0] * 3 + [1.0] * 100)
+    monkeypatch.setattr(timing, "_clock", lambda call, device: next(times))
+    monkeypatch.setattr(timing, "WARM_SECONDS", 0.0)
+    done = timing.time_rounds({"A": [None]}, rounds=5, device=CPU, batches=9)
+    assert done.warm_up == 6 and not done.settled
+
+
 def test_the_interval_is_a_bootstrap_of_the_median():
     values = np.concatenate([np.full(50, 10.0), np.linspace(9, 11, 51)])
     value, low, high = timing.median_interval(values)

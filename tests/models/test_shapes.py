@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlib import paths
 from qlib.errors import UserError
 from qlib.models import shapes
 from qlib.models.shapes import SHAPES, Shape, find_shape, layer_config
@@ -53,12 +54,14 @@ def test_counts_agree_with_the_real_module(tied):
 def test_the_reference_model_is_read_from_its_configuration(tmp_path, monkeypatch):
     from dataclasses import replace
 
-    path = tmp_path / "config.json"
-    monkeypatch.setattr(shapes, "REFERENCE_CONFIG", path)
-    with pytest.raises(UserError, match="config.json: is missing"):
-        find_shape("reference-1")
+    for module in (shapes, paths):
+        monkeypatch.setattr(module, "MODELS", tmp_path)
+    with pytest.raises(UserError, match="no true shape is known for 'reference-2'"):
+        find_shape("reference-2")
+    path = tmp_path / "reference-2" / "config.json"
+    path.parent.mkdir()
     path.write_text(json.dumps(layer_config(TINY, layers=2).to_dict(), default=str))
-    assert find_shape("reference-1") == find_shape("reference") == replace(TINY, name="reference-1")
+    assert find_shape("reference-2") == find_shape("reference") == replace(TINY, name="reference-2")
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():

@@ -137,7 +137,7 @@ def test_wanda_loses_less_of_every_output_of_the_reference_model_than_magnitude(
     from qlib.data.calibration import read_calibration
     from qlib.prune.structures import Gram, output_error
 
-    subject, opened, worse = load("reference-1"), {}, []
+    subject, opened, worse = load("reference-2"), {}, []
     ids = read_calibration(subject.tokenizer, Calibration(samples=16), 0)
 
     def open_group(index, block, names):

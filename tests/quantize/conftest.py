@@ -15,7 +15,7 @@ def reference_linears():
     from qlib.params import Calibration
     from qlib.walk import walk
 
-    subject, seen = load("reference-1"), {}
+    subject, seen = load("reference-2"), {}
 
     def listen(index, block, names):
         return seen.setdefault((index, names), []).append

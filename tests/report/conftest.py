@@ -53,14 +53,14 @@ def record(name, family, measurements, **more):
         "title": {"en": name.upper().replace("-", " "), "zh": "压缩"},
         "family": family,
         "tier": "core",
-        "model": "reference-1",
+        "model": "reference-2",
         "device": "cpu",
         "params": {"name": name, "family": family, "notebook": f"{family}.ipynb", "seed": 7, "recipe": recipe},
         "measurements": measurements,
-        "protocol": "reference-1 evaluation split, 700 documents, context 256",
+        "protocol": "reference-2 evaluation split, 700 documents, context 256",
         "shape_format": "bf16",
         "kept": {"heads": 1.0, "ffn": 1.0, "layers": 1.0},
-        "subject": {"source": "reference-1", "parameters": 1_500_000},
+        "subject": {"source": "reference-2", "parameters": 1_500_000},
         "data_sha256": "ab" * 32,
         "details": {"levels": levels},
         "key": "c0ffee" * 6,
@@ -202,11 +202,11 @@ def project(tmp_path) -> Path:
     """A whole project: ``notebooks/``, ``params/``, ``reports/runs`` and ``reports/published``."""
     _sources(tmp_path)
     runs, records = tmp_path / "reports" / "runs", tmp_path / "reports" / "published" / "records"
-    cpu = runs / "reference-1" / "cpu"
+    cpu = runs / "reference-2" / "cpu"
     _finished(cpu)
     _failed(cpu)
     _hostile(cpu)
-    write(cpu / "speed-reference-1", speed("reference-1", "cpu", 1e-4))
+    write(cpu / "speed-reference-2", speed("reference-2", "cpu", 1e-4))
     write(runs / "qwen-72b" / "cpu" / "speed-qwen-72b", speed("qwen-72b", "cpu"))
     write(records / "wanda-50", record("wanda-50", "pruning", quality(86.9, -3.9, 23.0, 2.9, 9.0)), state="")
     other = record("rtn-int4", "weight_quantization", quality(1.0, -80, 999, 9, 4.16))
@@ -272,7 +272,7 @@ def trained(tmp_path):
     from qlib.report.book import collect
 
     for name, family, recipe, nats, right, size in TRAINED:
-        strategy(tmp_path / "reference-1" / "cpu", name, family, recipe, nats, right, size)
+        strategy(tmp_path / "reference-2" / "cpu", name, family, recipe, nats, right, size)
     return collect(tmp_path, tmp_path / "none")
 
 

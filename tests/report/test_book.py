@@ -25,7 +25,7 @@ def test_order_and_states(book):
     ]
     assert [e.name for e in book.failures] == ["gptq-int4"]
     assert book.get("gptq-int4").family == "weight_quantization"  # from its strategy file: it left no record
-    assert book.models == ["reference-1"]
+    assert book.models == ["reference-2"]
 
 
 def test_a_published_record_never_replaces_a_run(book):
@@ -34,7 +34,7 @@ def test_a_published_record_never_replaces_a_run(book):
 
 
 def test_speed_records_stand_apart_and_devices_side_by_side(book):
-    assert list(book.speed) == ["qwen-72b", "reference-1"]
+    assert list(book.speed) == ["qwen-72b", "reference-2"]
     assert list(book.speed["qwen-72b"]) == ["cpu", "nvidia-h200"]
     int4 = book.get("rtn-int4")
     assert book.shape(int4)["latency.decode_ms"]["value"] == 950
@@ -53,7 +53,7 @@ def test_gate(book):
 def test_quick_checks_are_rows_only_where_there_is_nothing_else(project, make):
     folder = project / "reports" / "runs"
     quick = make.record("smoke-x", "pruning", make.quality(50, -40, 90, 1, 4), tier="smoke")
-    make.write(folder / "reference-1" / "cpu" / "smoke-x", quick)
+    make.write(folder / "reference-2" / "cpu" / "smoke-x", quick)
     make.write(folder / "other" / "cpu" / "smoke-x", quick)
     book = _collect(project)
     assert [e.model for e in book.strategies if e.name == "smoke-x"] == ["other"]
@@ -67,7 +67,7 @@ def test_unknown_and_unrun_names(book):
 
 
 def test_a_failed_rerun_keeps_the_older_figures_and_says_so(project, make):
-    folder = project / "reports" / "runs" / "reference-1" / "cpu" / "rtn-int8"
+    folder = project / "reports" / "runs" / "reference-2" / "cpu" / "rtn-int8"
     make.write(folder, {}, state="timeout", cause="took too long")
     entry = _collect(project).get("rtn-int8")
     assert entry.failed and entry.measurements
@@ -75,7 +75,7 @@ def test_a_failed_rerun_keeps_the_older_figures_and_says_so(project, make):
 
 
 def test_a_runner_that_was_killed_left_a_crash(project, make):
-    cpu = project / "reports" / "runs" / "reference-1" / "cpu"
+    cpu = project / "reports" / "runs" / "reference-2" / "cpu"
     folder = make.write(cpu / "killed", {}, state="running", started="x")
     assert _collect(project).get("killed").state == "crashed"
     make.write(folder, make.record("killed", "pruning", {}, provenance={"started": "x"}), state="")
@@ -83,7 +83,7 @@ def test_a_runner_that_was_killed_left_a_crash(project, make):
 
 
 def test_a_broken_record_is_a_failure_not_an_exception(project):
-    (project / "reports" / "runs" / "reference-1" / "cpu" / "rtn-int8" / "record.json").write_text('{"name": ')
+    (project / "reports" / "runs" / "reference-2" / "cpu" / "rtn-int8" / "record.json").write_text('{"name": ')
     entry = _collect(project).get("rtn-int8")
     assert entry.state == "failed" and "record.json cannot be read" in entry.status["cause"]
 
@@ -102,7 +102,7 @@ def test_a_row_without_a_claim_shows_what_is_really_smaller(trained, tmp_path, m
     assert found["Pruning"].name == "narrow" and found["Mixed precision"] is None
     page = article_table(trained)._repr_html_()
     assert page.count("not claimed") == 9 and "control" in page and "<td></td>" not in page
-    folder = tmp_path / "reference-1" / "cpu"
+    folder = tmp_path / "reference-2" / "cpu"
     make.strategy(folder, "zeros", "pruning", [{"pass": "magnitude"}], 2.1, 9, 3.0)
     make.strategy(folder, "narrow", "pruning", trained.get("narrow").params["recipe"], 3.0, 5, 2.9)
     book = collect(tmp_path, tmp_path / "none")
@@ -112,7 +112,7 @@ def test_a_row_without_a_claim_shows_what_is_really_smaller(trained, tmp_path, m
 
 
 def test_the_smallest_is_no_dense_matrix_of_zeros_and_no_control(tmp_path, make):
-    folder = tmp_path / "reference-1" / "cpu"
+    folder = tmp_path / "reference-2" / "cpu"
     make.strategy(folder, "baseline", "baseline", [], 2.0, 9)
     make.strategy(folder, "zeros", "pruning", [{"pass": "magnitude"}], 2.0, 9)
     make.strategy(folder, "control", "finetuning", [{"pass": "finetune"}], 1.9, 10)
@@ -126,7 +126,7 @@ def test_the_smallest_is_no_dense_matrix_of_zeros_and_no_control(tmp_path, make)
 
 def test_the_first_sentence_follows_the_numbers(project, make):
     assert "rtn-int4 is the smallest that keeps at least 99 %" in words.finding(_collect(project))
-    cpu = project / "reports" / "runs" / "reference-1" / "cpu"
+    cpu = project / "reports" / "runs" / "reference-2" / "cpu"
     for name, delta in (("rtn-int8", -1.0), ("rtn-int4", -5.0)):
         measured = make.quality(90.8 + delta, delta, 17, 1.5, 4)
         make.write(cpu / name, make.record(name, "weight_quantization", measured))
@@ -142,7 +142,7 @@ def test_the_first_sentence_follows_the_numbers(project, make):
 
 def test_the_articles_claims_are_judged_by_what_was_measured(project, make):
     speed = project / "reports" / "runs" / "qwen-72b" / "cpu" / "speed-qwen-72b"
-    cpu = project / "reports" / "runs" / "reference-1" / "cpu"
+    cpu = project / "reports" / "runs" / "reference-2" / "cpu"
 
     def verdict(delta, speedup):
         for bits, name in ((4, "rtn-int4"), (3, "gptq-int4")):

@@ -41,7 +41,7 @@ def test_a_record_of_training_precisions(tmp_path, make):
 
     formats = {"bf16": {"train.tokens_per_second": make.number(9000, "tokens/s")}}
     record = make.record("precisions", "training", {}, formats=formats)
-    make.write(tmp_path / "reference-1" / "cpu" / "precisions", record)
+    make.write(tmp_path / "reference-2" / "cpu" / "precisions", record)
     book = collect(tmp_path, tmp_path / "none")
     assert filled("{{ bf16.train.tokens_per_second }}", entry_words(book.training)) == "9,000 tokens/s"
     assert filled("{{ precisions: bf16.train.tokens_per_second }}", book_words(book)) == "9,000 tokens/s"

@@ -18,7 +18,7 @@ OPENING = "# About {}\n\nWhat is it, and why {{{{ rtn-int4: quality.accuracy.val
 @pytest.fixture
 def lessons(project, make):
     """A lesson that ran, one that failed at first, one that was published, and notebooks of the first two."""
-    cpu = project / "reports" / "runs" / "reference-1" / "cpu"
+    cpu = project / "reports" / "runs" / "reference-2" / "cpu"
     more = {"params": {"notebook": "lessons/pruning.ipynb"}, "title": {"en": "Old", "zh": ""}}
     done = make.write(cpu / "lesson-pruning", make.record("lesson-pruning", "lesson", {}, **more))
     failed = make.write(cpu / "lesson-combined", {}, state="failed", cause="KeyError: 'x'")

@@ -12,7 +12,7 @@ TWO_BITS = next(claim for claim in PUBLISHED if claim.what == "GPTQ against roun
 
 
 def build(tmp_path, make, bits, gptq, rtn, **more):
-    folder = tmp_path / "reference-1" / "cpu"
+    folder = tmp_path / "reference-2" / "cpu"
     make.strategy(folder, "baseline", "baseline", [], 2.0, 9)
     for name, (nats, right) in {"gptq": gptq, "rtn": rtn}.items():
         recipe = [{"pass": name, "bits": bits, "group_size": 128}]

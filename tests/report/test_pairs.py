@@ -44,7 +44,7 @@ def test_samples_against_a_loop_over_documents(tmp_path, make):
 def test_what_was_not_measured_on_the_same_documents_is_not_compared(trained, tmp_path, make):
     baseline = trained.get("baseline")
     assert together([baseline, None]) is None and together([]) is None
-    file = tmp_path / "reference-1" / "cpu" / "narrow" / "items.npz"
+    file = tmp_path / "reference-2" / "cpu" / "narrow" / "items.npz"
     np.savez(file, **make.scores(3.0, 5, documents=29))
     assert together([baseline, trained.get("narrow")]) is None
     file.unlink()

@@ -34,7 +34,7 @@ def test_control_and_starting_point(trained, name, control, untrained):
 
 def test_no_training_at_all_comes_before_the_last_one_left_out(trained, tmp_path, make):
     recipe = [step for step in trained.get("all").params["recipe"] if step["pass"] != "finetune"]
-    make.strategy(tmp_path / "reference-1" / "cpu", "bare", "combined", recipe, 3.2, 5)
+    make.strategy(tmp_path / "reference-2" / "cpu", "bare", "combined", recipe, 3.2, 5)
     book = collect(tmp_path, tmp_path / "none")
     assert name_of(untrained_of(book, book.get("all"))) == "bare"
 
@@ -42,7 +42,7 @@ def test_no_training_at_all_comes_before_the_last_one_left_out(trained, tmp_path
 def test_another_seed_or_model_is_no_control(trained, tmp_path, make):
     recipe = trained.get("narrow-tuned").params["recipe"]
     make.strategy(tmp_path / "other" / "cpu", "elsewhere", "finetuning", recipe, 2.4, 8, model="other")
-    folder = tmp_path / "reference-1" / "cpu"
+    folder = tmp_path / "reference-2" / "cpu"
     make.strategy(folder, "reseeded", "finetuning", recipe, 2.4, 8)
     record = (folder / "reseeded" / "record.json").read_text().replace('"seed": 7, "recipe"', '"seed": 8, "recipe"')
     (folder / "reseeded" / "record.json").write_text(record)

@@ -37,7 +37,7 @@ def test_a_control_is_not_recovery_and_what_is_missing_reads_so(trained):
 
 
 def test_the_share_has_the_interval_of_a_ratio_drawn_together(trained, tmp_path, make):
-    folder = tmp_path / "reference-1" / "cpu"
+    folder = tmp_path / "reference-2" / "cpu"
     for at, (name, nats) in enumerate((("baseline", 2.0), ("narrow", 3.0), ("narrow-tuned", 2.4))):
         np.savez(folder / name / "items.npz", **make.scores(nats, 5, spread=0.2, seed=at))
     draws = np.random.default_rng(7).multinomial(30, np.full(30, 1 / 30), size=200)
@@ -49,7 +49,7 @@ def test_the_share_has_the_interval_of_a_ratio_drawn_together(trained, tmp_path,
 
 
 def test_nothing_to_recover_is_said_so(trained, tmp_path, make):
-    np.savez(tmp_path / "reference-1" / "cpu" / "narrow" / "items.npz", **make.scores(1.9, 9))
+    np.savez(tmp_path / "reference-2" / "cpu" / "narrow" / "items.npz", **make.scores(1.9, 9))
     found = shares(trained, "narrow-tuned")
     assert found["nats", "baseline"] == found["accuracy", "baseline"] == NOTHING_LOST
     assert NOTHING_LOST in recovery_table(trained)._repr_html_()
@@ -80,7 +80,7 @@ def precision_record(make):
 
 
 def test_training_precisions_stand_apart_from_strategies(tmp_path, make):
-    make.write(tmp_path / "reference-1" / "cpu" / "precision", precision_record(make))
+    make.write(tmp_path / "reference-2" / "cpu" / "precision", precision_record(make))
     book = collect(tmp_path, tmp_path / "none")
     assert not book.strategies and book.training.name == "precision"
     page = precision_table(book.training)._repr_html_()
@@ -115,7 +115,7 @@ def test_words_and_figures_of_what_was_trained(trained, tmp_path):
 def test_loss_curves_are_those_of_the_development_set(tmp_path, make):
     one = {"tokens": 10, "seconds": 1, "curve": [[0, 5.0]], "development": [[0, 4.0], [10, 3.0]]}
     two = {"tokens": 10, "seconds": 1, "curve": [[0, 6.0]], "development": []}
-    folder = tmp_path / "reference-1" / "cpu"
+    folder = tmp_path / "reference-2" / "cpu"
     make.strategy(folder, "twice", "finetuning", [], 2.0, 9, details={"training": [one, two]})
     frame = frames.training_frame(collect(tmp_path, tmp_path / "none"))
     first, second = "twice (1 of 2)", "twice (2 of 2)"

@@ -11,13 +11,13 @@ from tiny_project import PLAIN
 
 
 def test_estimates_rest_on_the_nearest_record(tmp_path):
-    strategy = from_dict(PLAIN | {"model": "reference-1"}, "x")
+    strategy = from_dict(PLAIN | {"model": "reference-2"}, "x")
     here = {"duration_seconds": 60.0, "peak_memory_bytes": {"value": 2e9}}
     assert estimate(strategy, here, tmp_path, "words") == Estimate("plain", 60.0, 2e9, HERE)
     assert estimate(strategy, None, tmp_path, "words") == Estimate("plain", None, None, "words")
     folder = tmp_path / "records" / "plain"
     folder.mkdir(parents=True)
-    (folder / "record.json").write_text(json.dumps(here | {"model": "reference-1"}))
+    (folder / "record.json").write_text(json.dumps(here | {"model": "reference-2"}))
     assert estimate(strategy, None, tmp_path, "words").source == PUBLISHED
     (folder / "record.json").write_text(json.dumps(here | {"model": "another"}))
     assert estimate(strategy, None, tmp_path, "words").source == "words"

@@ -79,7 +79,22 @@ def test_the_card_says_what_the_records_say():
     for words in ("# reference-9", "23 per parameter", "2.00 passes", "1 h 00 min on some CPU", "Acceptance: accepted",
                   "| 2 | 40.25 | 81.0 % | 3.800 (3.700 to 3.900) |", "91.2 % (90.0 to 92.4)", "2.125"):  # fmt: skip
         assert words in text, words
+    later = training | {"tokens": 10_000_000, "earlier": {"name": "reference-8", "tokens": 46_000_000}}
+    text = card("reference-9", config, later, Acceptance(rows, [level], separated=True, in_band=True))
+    assert "on top of the 46,000,000 of reference-8 (28 per parameter)" in text and "0.43 passes" in text
     assert "NOT accepted" in card("x", config, training, Acceptance(rows, [level], separated=False, in_band=True))
+
+
+def test_training_goes_on_from_a_saved_model(tmp_path, tokenizer):
+    model = reference.random_model(reference.configuration(300, 64, 1, 2, 1, 32, 128), 0)
+    reference.save(model, tokenizer, {"tokens": 7}, Path(tmp_path / "model"))
+    begun, _, earlier = reference.start_from(str(tmp_path / "model"))
+    assert earlier["tokens"] == 7 and all(p.dtype == torch.float32 for p in begun.parameters())
+    saved = load(str(tmp_path / "model")).model.state_dict()
+    assert all(torch.equal(value, saved[key].float()) for key, value in begun.state_dict().items())
+    texts = [str(number) for number in range(50)]
+    mixed = reference.shuffled(texts, 3)
+    assert sorted(mixed) == sorted(texts) and mixed != texts and mixed == reference.shuffled(texts, 3)
 
 
 def test_saving_gives_a_loadable_bf16_model(tmp_path, tokenizer):
