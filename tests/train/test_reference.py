@@ -37,11 +37,14 @@ def test_input_widths_stay_multiples_of_128_when_a_third_of_heads_and_channels_g
 
 
 def test_it_was_trained_on_the_manifest_with_20_tokens_for_each_parameter():
-    training = json.loads((FOLDER / "training.json").read_text())
+    training, first = (json.loads((folder / "training.json").read_text()) for folder in (FOLDER, locate("reference-1").folder))
     assert training["parameters"] == sum(p.numel() for p in load("reference").model.parameters())
-    assert training["tokens"] >= 20 * training["parameters"]
-    assert training["manifest_sha256"] == hashlib.sha256(MANIFEST.read_bytes()).hexdigest()
-    assert training["curve"][-1][1] < training["curve"][0][1] - 2
+    assert training["earlier"] == {"name": "reference-1", "tokens": first["tokens"], "seconds": first["seconds"]}
+    assert training["tokens"] + first["tokens"] >= 20 * training["parameters"]
+    for one in (training, first):
+        assert one["manifest_sha256"] == hashlib.sha256(MANIFEST.read_bytes()).hexdigest()
+    assert first["curve"][-1][1] < first["curve"][0][1] - 2
+    assert training["held_out"][-1][1] < training["held_out"][0][1] - 0.2
 
 
 @pytest.mark.slow
