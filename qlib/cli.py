@@ -207,12 +207,19 @@ def _renamed(strategy: Strategy, changes: dict[str, Any]) -> Strategy:
 
 
 def _report(options: argparse.Namespace, root: Path) -> None:
+    from qlib.report.article import article_text
+    from qlib.report.book import collect
     from qlib.report.render import render
     from qlib.runs.runner import check_writable
 
     target = options.output or root / "reports" / "index.html"
+    published = root / "reports" / "published"
     check_writable(target.parent)
-    print(render(root, options.runs, root / "reports" / "published", target))
+    written = render(root, options.runs, published, target)
+    book = collect(options.runs, published)
+    if book.strategies:
+        print(article_text(book), end="\n\n")
+    print(written)
 
 
 def _list(options: argparse.Namespace, root: Path) -> None:

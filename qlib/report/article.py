@@ -8,7 +8,7 @@ from qlib.report.book import SPEED_MODEL, Book, Entry
 from qlib.report.html import Cell, Column, Table
 from qlib.report.relations import control_of, is_control, kinds, wholes
 
-__all__ = ["CLAIMS", "QWEN_MMLU", "Claim", "article_table", "chosen", "candidates", "smaller"]
+__all__ = ["CLAIMS", "QWEN_MMLU", "Claim", "article_table", "article_text", "chosen", "candidates", "smaller"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ CLAIMS = (
 
 #: MMLU of Qwen-72B-Chat as its authors report it: https://github.com/QwenLM/Qwen, README, section Quantization.
 QWEN_MMLU = {"bf16": 74.4, "int8": 73.5, "int4": 73.4}
+
+#: Groups of columns by their first word, short enough for a terminal.
+SHORT = {"Claimed": "claimed:", "Measured": "here:", "At": "72B:"}
 
 UNMEASURED = "not measured yet"
 UNCLAIMED = Cell("not claimed", kind="absent")
@@ -104,6 +107,18 @@ def article_table(book: Book) -> Table:
         "uncompressed model after the same training. 1 MB = 1,000,000 bytes."
     )
     return Table(columns, rows, caption, "article")
+
+
+def article_text(book: Book) -> str:
+    """The article's table for a terminal: the main line of every cell, without intervals."""
+    from qlib.runs.listing import table
+
+    found = article_table(book)
+    heads = [f"{SHORT.get(column.group.partition(' ')[0], '')} {column.title}".strip() for column in found.columns]
+    rows = [[cell.text for cell in row] for row in found.rows]
+    for row, cells in zip(rows, found.rows):
+        row[0] += f" ({cells[0].notes[0]})" if cells[0].notes and cells[0].notes[0] else ""
+    return table(rows, tuple(heads), tuple(heads[1:]))
 
 
 def _row(book: Book, claim: Claim, subject: str) -> list[Cell]:

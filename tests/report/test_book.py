@@ -6,7 +6,7 @@ import pytest
 
 from qlib.errors import UserError
 from qlib.report import words
-from qlib.report.article import CLAIMS, article_table, chosen
+from qlib.report.article import CLAIMS, article_table, article_text, chosen
 from qlib.report.book import collect
 
 
@@ -168,3 +168,10 @@ def test_an_empty_book_still_speaks(tmp_path):
 
 def _collect(project):
     return collect(project / "reports" / "runs", project / "reports" / "published", project / "params")
+
+
+def test_the_article_for_a_terminal_has_no_empty_cell(book):
+    lines, table = article_text(book).splitlines(), article_table(book)
+    assert len(lines) == 1 + len(table.rows) and "72B: Size on disk" in lines[0] and "claimed: Accuracy" in lines[0]
+    for line, row in zip(lines[1:], table.rows):
+        assert all(cell.text and cell.text in line for cell in row)
