@@ -104,7 +104,7 @@ def article_table(book: Book) -> Table:
         "batch 1. Small print: interval, and how many times smaller or faster than without compression. A row shows "
         "the strategy that loses least accuracy among those of its family that become as small as claimed; where none "
         "does or nothing is claimed, among those at least 5 % smaller than the baseline on disk. A control is the "
-        "uncompressed model after the same training. 1 MB = 1,000,000 bytes."
+        "uncompressed model trained with the same tokens, schedule and seed. 1 MB = 1,000,000 bytes."
     )
     return Table(columns, rows, caption, "article")
 

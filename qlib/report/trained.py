@@ -75,9 +75,9 @@ def recovery_table(book: Book, model: str | None = None) -> Table:
         rows.append([Cell(found.entry.name, (start,)), *shares, *measures])
     caption = (
         "What training gives back. Before is the same recipe without training; the control is the uncompressed model "
-        "after the very same training. Recovered share = (before − after) / (before − target), of the logarithm of "
-        "perplexity and of accuracy; the target is the baseline or the control. Small print: 95 % intervals; those of "
-        "the shares are paired, drawn over documents."
+        "trained with the same tokens, schedule and seed. Recovered share = (before − after) / (before − target), of "
+        "the logarithm of perplexity and of accuracy; the target is the baseline or the control. Small print: 95 % "
+        "intervals; those of the shares are paired, drawn over documents."
     )
     return table(columns, rows, caption, "recovery")
 
