@@ -1,10 +1,10 @@
-"""Apply a recipe to a subject: the passes in order, consecutive linear passes in one walk through the model."""
+"""Apply a recipe to a subject: the passes in order, consecutive linear and block passes in one walk through the model."""
 
 import time
 from dataclasses import replace
 from itertools import groupby
 from types import ModuleType
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import nn
@@ -15,13 +15,15 @@ from qlib.layers import PackedLinear, pack, packed_layers
 from qlib.models.families import blocks_of, family_of, linears_of
 from qlib.models.load import Subject
 from qlib.prune.mask import PrunedWeight, mark_pruned, mask_of, put_pruned
-from qlib.recipe import Context, read_recipe
+from qlib.recipe import BlockContext, Context, read_recipe
 from qlib.record import Measurement
-from qlib.walk import walk
+from qlib.walk import Visit, feed_groups, walk
 
 __all__ = ["compress"]
 
 Step = tuple[ModuleType, Any]
+#: Scopes of passes that are applied block by block, all in one walk.
+WALKED = ("linear", "block")
 
 
 def compress(subject: Subject, recipe: list[dict[str, Any]], calibration: Any = None, seed: int = 0) -> Subject:
@@ -44,8 +46,8 @@ def compress(subject: Subject, recipe: list[dict[str, Any]], calibration: Any = 
     with track_peak() as peak:
         for group in _stages(steps):
             (module, options), begun = group[0], time.perf_counter()
-            if module.SCOPE == "linear":
-                layers |= _solve_linears(subject.model, group, context.ids, plan)
+            if module.SCOPE in WALKED:
+                layers |= _walk(subject.model, group, _later_grid(steps, group), context, plan)
             elif module.SCOPE == "plan":
                 plan |= module.plan(subject, options, context)
             else:
@@ -93,11 +95,16 @@ def _trains(module: ModuleType) -> bool:
 
 
 def _stages(steps: list[Step]) -> list[list[Step]]:
-    """Consecutive linear passes together, every other pass alone."""
+    """Consecutive passes of one walk together, every other pass alone."""
     stages: list[list[Step]] = []
-    for linear, group in groupby(steps, key=lambda step: step[0].SCOPE == "linear"):
-        stages += [list(group)] if linear else [[step] for step in group]
+    for walked, group in groupby(steps, key=lambda step: step[0].SCOPE in WALKED):
+        stages += [list(group)] if walked else [[step] for step in group]
     return stages
+
+
+def _later_grid(steps: list[Step], group: list[Step]) -> Any:
+    """Options of the pass that puts weights on a grid, in this stage or a later one; None if there is none."""
+    return next((options for _, options in steps[steps.index(group[0]) :] if hasattr(options, "grid")), None)
 
 
 def _check(subject: Subject, steps: list[Step]) -> None:
@@ -111,7 +118,14 @@ def _check(subject: Subject, steps: list[Step]) -> None:
     for index, (module, options) in enumerate(steps):
         if packed and getattr(module, "NEEDS_FLOAT", False):
             raise UserError(f"recipe[{index}]: pass '{_name(module)}' must come before the weights are put on a grid")
+        if getattr(module, "PREPARES", False) and not any(hasattr(later, "grid") for _, later in steps[index:]):
+            raise UserError(f"recipe[{index}]: pass '{_name(module)}' prepares for a grid, but none follows, e.g. rtn")
         packed = packed or hasattr(options, "grid")
+        grids = [later.grid for _, later in steps[:index] if hasattr(later, "grid")]
+        if getattr(module, "PLAIN_INTEGERS", False) and any(
+            grid.element != "int" or grid.real_zero or grid.activations for grid in grids
+        ):
+            raise UserError(f"recipe[{index}]: pass '{_name(module)}' works on plain integer grids, not on {grids[0].name}")
         if hasattr(module, "check"):
             try:
                 module.check(subject, options)
@@ -119,7 +133,7 @@ def _check(subject: Subject, steps: list[Step]) -> None:
                 raise UserError(f"recipe[{index}].{error}") from None
         grid = getattr(options, "grid", None)
         for name, linear in linears_of(subject.model, blocks_of(subject.model)[0]).items():
-            if grid and grid.group_size and linear.in_features % grid.group_size:
+            if grid and isinstance(grid.group_size, int) and linear.in_features % grid.group_size:
                 fit = [str(size) for size in (32, 64, 128) if linear.in_features % size == 0]
                 raise UserError(
                     f"recipe[{index}].group_size: {grid.group_size} does not divide the {linear.in_features} input "
@@ -129,7 +143,7 @@ def _check(subject: Subject, steps: list[Step]) -> None:
 
 def _calibration_ids(subject: Subject, steps: list[Step], calibration: Any, seed: int) -> list[torch.Tensor]:
     """Token ids for the passes that feed on data; none are read for those that do not."""
-    if not any(hasattr(module, "Statistic") or getattr(module, "CALIBRATES", False) for module, _ in steps):
+    if not any(_feeds(module, options) or getattr(module, "CALIBRATES", False) for module, options in steps):
         return []
     if calibration is None:
         raise UserError("calibration: is missing, but a pass of the recipe feeds on data")
@@ -138,36 +152,84 @@ def _calibration_ids(subject: Subject, steps: list[Step], calibration: Any, seed
     return read_calibration(subject.tokenizer, calibration, seed)
 
 
-def _solve_linears(
-    model: nn.Module, steps: list[Step], ids: list[torch.Tensor], plan: dict[str, dict[str, Any]]
+def _feeds(module: ModuleType, options: Any) -> bool:
+    """Whether a linear pass feeds on data."""
+    return hasattr(module, "Statistic") and getattr(module, "feeds", lambda options: True)(options)
+
+
+def _walk(
+    model: nn.Module, steps: list[Step], rounding: Any, context: Context, plan: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Solve every linear with all `steps` in one walk and put the results in place; returns figures per linear.
+    """Apply linear and block passes to every block in one walk; returns figures per linear.
 
     Args:
+        rounding: options of the pass that puts the weights on a grid, for passes that prepare for it; or None.
         plan: options by the linear's path that take the place of those of the steps.
     """
-    layers: dict[str, dict[str, Any]] = {}
-    open_statistics: dict[tuple[str, ...], list[Any]] = {}
-
-    def open_group(index: int, block: nn.Module, names: tuple[str, ...]):
-        width = block.get_submodule(names[0]).in_features
-        made = [module.Statistic(width, options) if hasattr(module, "Statistic") else None for module, options in steps]
-        open_statistics[names] = made
-        fed = [statistic for statistic in made if statistic]
-        return (lambda inputs: [statistic.feed(inputs) for statistic in fed]) if fed else None
-
-    def close_group(index: int, block: nn.Module, names: tuple[str, ...]) -> None:
-        for name in names:
-            path = f"{family_of(model.config).blocks}.{index}.{name}"
-            linear = block.get_submodule(name)
-            own = [(module, _planned(options, plan.get(path, {}))) for module, options in steps]
-            layers[path] = {"name": path} | _solve_one(block, name, linear, own, open_statistics[names])
-        for statistic in open_statistics.pop(names):
-            if statistic is not None:
-                statistic.free()
-
-    walk(model, ids, open_group, close_group)
+    groups, layers = family_of(model.config).groups, {}
+    targets = any(getattr(module, "TARGETS", False) for module, _ in steps)
+    for visit in walk(model, context.ids, targets):
+        planned = {name: plan.get(f"{visit.path}.{name}", {}) for names in groups for name in names}
+        for linear, group in groupby(steps, key=lambda step: step[0].SCOPE == "linear"):
+            if linear:
+                layers |= _solve_linears(visit, groups, list(group), planned)
+                continue
+            for module, options in group:
+                own = options if hasattr(options, "grid") else rounding
+                chosen = {name: own and _planned(own, found) for name, found in planned.items()}
+                told = (visit.index, visit.path, groups, visit.inputs, visit.targets, chosen, model.config, context.seed)
+                layers |= _apply_block(visit, module, options, BlockContext(*told))
     return layers
+
+
+def _apply_block(visit: Visit, module: ModuleType, options: Any, context: BlockContext) -> dict[str, dict[str, Any]]:
+    """Apply a block pass; returns figures of the linears that it packed."""
+    before = {name: visit.block.get_submodule(name) for names in context.groups for name in names}
+    weights = {name: linear.weight.detach().clone() for name, linear in before.items()}
+    module.apply(visit.block, options, context)
+    figures = {}
+    for name, linear in before.items():
+        packed = visit.block.get_submodule(name)
+        if isinstance(packed, PackedLinear):
+            if mask_of(linear) is not None:
+                mark_pruned(packed)
+            solved = packed.compressed()
+            path = f"{visit.path}.{name}"
+            figures[path] = {"name": path} | _figures(weights[name], solved.dequantize(), solved.grid.name, mask_of(linear))
+    return figures
+
+
+@torch.no_grad()
+def _solve_linears(
+    visit: Visit, groups: tuple[tuple[str, ...], ...], steps: list[Step], planned: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Solve every linear of a block with all `steps` and put the results in place; returns figures per linear."""
+    together = [groups] if not any(getattr(options, "true_sequential", False) for _, options in steps) else [[g] for g in groups]
+    layers = {}
+    for part in together:
+        statistics = {names: _statistics(visit.block.get_submodule(names[0]).in_features, steps) for names in part}
+        feeds = {names: _feed_all(made) for names, made in statistics.items() if any(made)}
+        feed_groups(visit.block, visit.inputs, feeds)
+        for names, made in statistics.items():
+            for name in names:
+                own = [(module, _planned(options, planned[name])) for module, options in steps]
+                solved = _solve_one(visit.block, name, visit.block.get_submodule(name), own, made)
+                layers[f"{visit.path}.{name}"] = {"name": f"{visit.path}.{name}"} | solved
+            for statistic in filter(None, made):
+                statistic.free()
+    return layers
+
+
+def _statistics(width: int, steps: list[Step]) -> list[Any]:
+    return [module.Statistic(width, options) if _feeds(module, options) else None for module, options in steps]
+
+
+def _feed_all(statistics: list[Any]) -> Callable[[torch.Tensor], None]:
+    def feed(inputs: torch.Tensor) -> None:
+        for statistic in filter(None, statistics):
+            statistic.feed(inputs)
+
+    return feed
 
 
 def _solve_one(
@@ -180,17 +242,22 @@ def _solve_one(
         result = module.solve(solved, options, mask=mask, statistic=statistic)
         mask = result.mask if isinstance(result, PrunedWeight) else mask
         solved = result.dequantize()
-    error = ((solved - weight.float()).norm() / weight.float().norm()).item()
-    kept = 1.0 if mask is None else mask.float().mean().item()
+    figures = _figures(weight, solved, "bf16" if isinstance(result, PrunedWeight) else result.grid.name, mask)
     if isinstance(result, PrunedWeight):
         put_pruned(linear, result)
-        return {"grid": "bf16", "error": error, "kept": kept}
+        return figures
     parent, _, leaf = name.rpartition(".")
     packed = pack(linear, result)
     if mask is not None:
         mark_pruned(packed)
     setattr(block.get_submodule(parent), leaf, packed)
-    return {"grid": result.grid.name, "error": error, "kept": kept}
+    return figures
+
+
+def _figures(weight: torch.Tensor, solved: torch.Tensor, grid: str, mask: torch.Tensor | None) -> dict[str, Any]:
+    """What the record tells of a linear: its format, the relative error of its weight, the share that was kept."""
+    error = ((solved - weight.float()).norm() / weight.float().norm()).item()
+    return {"grid": grid, "error": error, "kept": 1.0 if mask is None else mask.float().mean().item()}
 
 
 def _planned(options: Any, planned: dict[str, Any]) -> Any:

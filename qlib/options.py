@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 __all__ = ["options_of"]
 
 FUTURE = __future__.annotations.compiler_flag
+LIGHT = ("qlib.errors", "qlib.quantize.formats")
 
 
 @lru_cache(maxsize=None)
@@ -47,9 +48,9 @@ def _extract(module: str) -> tuple[type, dict[str, Any]]:
 
 
 def _is_light(node: ast.Import | ast.ImportFrom) -> bool:
-    """True for imports of the standard library and of qlib's errors."""
+    """True for imports of the standard library and of the modules of qlib that need no more than it."""
     names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-    return all(name.partition(".")[0] in sys.stdlib_module_names or name == "qlib.errors" for name in names)
+    return all(name.partition(".")[0] in sys.stdlib_module_names or name in LIGHT for name in names)
 
 
 def _constants(tree: ast.Module, options: ast.ClassDef) -> list[ast.stmt]:

@@ -3,10 +3,13 @@
 By scope, a pass has the function
 - `linear`: ``solve(weight, options, mask=None, statistic=None)`` and, if it feeds on data, the class
   ``Statistic(width, options)`` with ``feed(inputs [tokens, in])`` and ``free()``; returns a `CompressedWeight` or a
-  `PrunedWeight`;
+  `PrunedWeight`. ``feeds(options)``, where there is one, says whether these options need data at all;
+- `block`: ``apply(block, options, context)``: changes the weights of a block in place (``PREPARES = True``: for a later
+  pass that puts them on a grid), or puts packed layers into the places of its linears. ``TARGETS = True`` asks for what
+  the uncompressed model makes of the same text;
 - `plan`: ``plan(subject, options, context)``; changes nothing and returns options for later passes by linear;
 - `model`: ``apply(subject, options, context)``; changes the model in place and returns the subject.
-Plan and model passes that read calibration windows say so with ``CALIBRATES = True``. Any pass may have
+Block, plan and model passes that read calibration windows say so with ``CALIBRATES = True``. Any pass may have
 ``check(subject, options)``, which refuses what cannot work before anything is changed.
 """
 
@@ -19,7 +22,7 @@ from typing import Any
 
 from qlib.errors import UserError, nearest
 
-__all__ = ["SCOPES", "Context", "pass_names", "find_pass", "read_recipe"]
+__all__ = ["SCOPES", "Context", "BlockContext", "pass_names", "find_pass", "read_recipe"]
 
 #: What a pass works on, and how it is called: see `qlib.compress`.
 SCOPES = ("linear", "block", "plan", "model")
@@ -36,6 +39,32 @@ class Context:
     """
 
     ids: list[Any]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BlockContext:
+    """What a block pass may use besides the block.
+
+    Attributes:
+        index: number of the block. path: of the block in the model, e.g. ``model.layers.3``.
+        groups: names of the linears, those that read the same input together, in the order they run.
+        inputs: what reaches the block in the model compressed so far: hidden states `[rows, tokens, hidden]` and keyword
+            arguments of each batch (see `qlib.walk`).
+        targets: of each batch, what the uncompressed model hands to the next block `[rows, tokens, hidden]`; None unless
+            the pass has ``TARGETS = True``.
+        rounding: options of the pass that puts each linear on a grid, by name: a later one, or this one (then with what
+            a plan pass chose for the linear).
+        config: of the model. seed: of everything random.
+    """
+
+    index: int
+    path: str
+    groups: tuple[tuple[str, ...], ...]
+    inputs: list[Any]
+    targets: list[Any] | None
+    rounding: dict[str, Any]
+    config: Any
     seed: int = 0
 
 

@@ -169,10 +169,17 @@ def _required(field: Field) -> bool:
 
 
 def docs_of(kind: type) -> dict[str, str]:
-    """Help of each field, from the ``Args:`` of the docstring."""
+    """Help of each field, from the ``Args:`` of the docstrings of the class and of those it inherits from."""
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        found |= _own_docs(base, kind)
+    return found
+
+
+def _own_docs(base: type, kind: type) -> dict[str, str]:
     found: dict[str, str] = {}
     name = None
-    for line in (kind.__doc__ or "").partition("Args:")[2].splitlines():
+    for line in (base.__doc__ or "").partition("Args:")[2].splitlines():
         head, colon, text = line.strip().partition(": ")
         if colon and head.isidentifier() and head in {field.name for field in fields(kind)}:
             name, found[head] = head, text

@@ -1,10 +1,11 @@
-"""Go through a model block by block: capture what reaches each linear, solve it, hand the compressed block's output on.
+"""Go through a model block by block: what reaches a block is there, it is compressed, its output is handed on.
 
 Memory is bounded by one block and the calibration activations, whatever the depth.
 """
 
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -12,49 +13,60 @@ from torch import nn
 from qlib.models.families import blocks_of, family_of
 from qlib.progress import progress
 
-__all__ = ["walk", "first_inputs", "run_block", "Batch"]
+__all__ = ["walk", "Visit", "feed_groups", "first_inputs", "run_block", "Batch"]
 
 #: Hidden states `[rows, tokens, hidden]` on their way through the blocks, and the other arguments of a block.
 Batch = tuple[torch.Tensor, dict[str, Any]]
-#: Makes the statistic of one group of linears, fed with inputs `[tokens, in]`.
-Feed = Callable[[torch.Tensor], None]
+#: Takes the inputs `[tokens, in]` of one group of linears.
+Feed = Callable[[torch.Tensor], Any]
 
 
-@torch.no_grad()
-def walk(
-    model: nn.Module,
-    ids: list[torch.Tensor],
-    open_group: Callable[[int, nn.Module, tuple[str, ...]], Feed | None],
-    close_group: Callable[[int, nn.Module, tuple[str, ...]], None],
-    label: str = "compressing",
-) -> None:
-    """Visit every group of linears that share an input, in the order they run.
+@dataclass
+class Visit:
+    """One block, while the walk stands before it.
+
+    Attributes:
+        index, path: number and name of the block. block: to be changed in place.
+        inputs: from the blocks before it as they now are; empty without calibration text.
+        targets: this block's outputs `[rows, tokens, hidden]` in the model as it was before the walk, if asked for.
+    """
+
+    index: int
+    path: str
+    block: nn.Module
+    inputs: list[Batch]
+    targets: list[torch.Tensor] | None
+
+
+def walk(model: nn.Module, ids: list[torch.Tensor], targets: bool = False, label: str = "compressing") -> Iterator[Visit]:
+    """Visit every block in the order they run; the next one sees the outputs of this one as it was left.
 
     Args:
         ids: token ids `[rows, tokens]` of each calibration batch; empty for methods that need no data.
-        open_group: called with block number, block and names before the block runs; returns what to feed with the
-            group's inputs, or None.
-        close_group: called after the block ran; replaces the linears of the group in place.
+        targets: also run every block as it was, on inputs from blocks as they were.
     """
-    groups = family_of(model.config).groups
-    batches = first_inputs(model, ids) if ids else []
-    blocks = blocks_of(model)
+    inputs = first_inputs(model, ids) if ids else []
+    exact, blocks = inputs, blocks_of(model)
     for index in progress(0, len(blocks), label):
-        block = blocks[index]
-        feeds = {names: open_group(index, block, names) for names in groups}
-        if batches and any(feeds.values()):
-            with _listening(block, feeds):
-                run_block(block, batches)
-        for names in groups:
-            close_group(index, block, names)
-        if batches and index + 1 < len(blocks):
-            batches = run_block(block, batches)
+        exact = run_block(blocks[index], exact) if targets else []
+        path = f"{family_of(model.config).blocks}.{index}"
+        yield Visit(index, path, blocks[index], inputs, [hidden for hidden, _ in exact] if targets else None)
+        if inputs and index + 1 < len(blocks):
+            inputs = run_block(blocks[index], inputs)
+
+
+def feed_groups(block: nn.Module, inputs: list[Batch], feeds: Mapping[tuple[str, ...], Feed]) -> None:
+    """Run a block and pass what reaches each group of linears, flattened to `[tokens, in]`, to the group's feed."""
+    if inputs and feeds:
+        with _listening(block, feeds):
+            run_block(block, inputs)
 
 
 class _Reached(Exception):
     """Ends a forward pass once the first block has been reached."""
 
 
+@torch.no_grad()
 def first_inputs(model: nn.Module, ids: list[torch.Tensor]) -> list[Batch]:
     """Hidden states and keyword arguments with which the first block is called."""
     batches: list[Batch] = []
@@ -75,6 +87,7 @@ def first_inputs(model: nn.Module, ids: list[torch.Tensor]) -> list[Batch]:
     return batches
 
 
+@torch.no_grad()
 def run_block(block: nn.Module, batches: list[Batch]) -> list[Batch]:
     """Run one block over all batches; older blocks return a tuple, newer ones the hidden states."""
     outputs = [(block(hidden, **kwargs), kwargs) for hidden, kwargs in batches]
@@ -82,8 +95,8 @@ def run_block(block: nn.Module, batches: list[Batch]) -> list[Batch]:
 
 
 @contextmanager
-def _listening(block: nn.Module, feeds: dict[tuple[str, ...], Feed | None]) -> Iterator[None]:
-    """Pass the inputs of each group's first linear, flattened to `[tokens, in]`, to the group's statistic."""
+def _listening(block: nn.Module, feeds: Mapping[tuple[str, ...], Feed]) -> Iterator[None]:
+    """Pass the inputs of each group's first linear to the group's feed."""
 
     def hook(feed: Feed) -> Callable:
         def listen(module: nn.Module, args: tuple) -> None:  # what a hook returns would take the place of the input
@@ -91,8 +104,7 @@ def _listening(block: nn.Module, feeds: dict[tuple[str, ...], Feed | None]) -> I
 
         return listen
 
-    listened = [(names[0], feed) for names, feed in feeds.items() if feed]
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook(feed)) for name, feed in listened]
+    handles = [block.get_submodule(names[0]).register_forward_pre_hook(hook(feed)) for names, feed in feeds.items()]
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from qlib.layers import packed_layers, resident_bytes
 from qlib.layers.storage import stored_bytes
 from qlib.models.families import blocks_of, linears_of
 from qlib.models.shapes import Shape
-from qlib.quantize.grid import Grid
+from qlib.quantize.formats import ELEMENTS, Grid
 from qlib.record import Measurement
 
 __all__ = [
@@ -27,25 +27,36 @@ __all__ = [
 Format = str | Mapping[str, Mapping[str, float]]
 
 BF16 = 2  # bytes
-FORMAT = re.compile(r"(?:bf16|int([234568])(?:-g([1-9]\d*))?)(?:@([\d.]+)(?:/([\d.]+))?)?")
+FORMAT = re.compile(
+    r"(?:bf16|int([234568])(?:-g([1-9]\d*))?(-z16)?(-a8)?|(fp8|fp8-tensor|mxfp4|nvfp4))(?:@([\d.]+)(?:/([\d.]+))?)?"
+)
 
 
 def _match(format: str) -> re.Match:
     match = FORMAT.fullmatch(format)
     if match is None:
-        known = "bf16, int8, int4-g128 and the like (bits 2, 3, 4, 5, 6, 8), and with what pruning keeps bf16@0.653"
+        known = (
+            "bf16, int8, int4-g128 and the like (bits 2, 3, 4, 5, 6, 8), int8-a8, fp8, fp8-tensor, mxfp4, nvfp4, "
+            "and with what pruning keeps bf16@0.653"
+        )
         raise UserError(f"format '{format}' is unknown; allowed: {known}")
     return match
 
 
 def grid_of(format: str) -> Grid | None:
-    """The grid a format's name stands for (zeros fitted, not symmetric); None for ``bf16``.
+    """The grid a format's name stands for (zeros fitted, but for int8-a8 and floats); None for ``bf16``.
 
     Raises:
         UserError: no such format.
     """
-    bits, group, *_ = _match(format).groups()
-    return Grid(int(bits), int(group) if group else None) if bits else None
+    bits, group, real, dynamic, element, *_ = _match(format).groups()
+    if element:
+        name, _, tensor = element.partition("-")
+        one = ELEMENTS[name]
+        return Grid(one.bits, one.group_size or tensor or None, True, name)
+    if bits is None:
+        return None
+    return Grid(int(bits), int(group) if group else None, bool(dynamic), "int", "int8" if dynamic else None, bool(real))
 
 
 def narrowed_shape(shape: Shape, format: str) -> Shape:

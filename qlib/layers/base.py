@@ -78,4 +78,4 @@ def channels_at_once(in_features: int) -> int:
 
 def hold_bits(tensor: torch.Tensor) -> torch.Tensor:
     """A float tensor as integers of the same bits, for buffers that ``module.float()`` must not convert."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])

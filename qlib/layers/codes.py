@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlib.layers.base import PackedLinear, channels_at_once, hold_bits
-from qlib.layers.storage import from_tensors, stored_bytes, to_tensors, unpack_bits
-from qlib.quantize.grid import CompressedWeight, Grid
+from qlib.layers.storage import expected_tensors, from_tensors, stored_bytes, to_tensors
+from qlib.quantize.grid import CompressedWeight, Grid, scale_values, values_of
 
 __all__ = ["CodesLinear"]
 
@@ -16,30 +16,23 @@ class CodesLinear(PackedLinear):
 
     def __init__(self, compressed: CompressedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__(compressed.grid, tuple(compressed.codes.shape), bias)
-        tensors = to_tensors(compressed)
-        self.register_buffer("codes", tensors["codes"])  # [out, in * bits / 8]
-        self.register_buffer("scale_bits", hold_bits(tensors["scales"]))  # bf16 [out, groups]
-        self.register_buffer("zeros", tensors.get("zeros"))  # one stream of [out * groups] codes
+        for name, tensor in to_tensors(compressed).items():
+            self.register_buffer(name, tensor if tensor.dtype == torch.uint8 else hold_bits(tensor))
 
     def compressed(self) -> CompressedWeight:
-        tensors = {"codes": self.codes, "scales": self.scale_bits.view(torch.bfloat16)}
-        if self.zeros is not None:
-            tensors["zeros"] = self.zeros
-        return from_tensors(self.grid, tensors, (self.out_features, self.in_features))
+        shape = (self.out_features, self.in_features)
+        types = {name: dtype for name, (dtype, _) in expected_tensors(self.grid, shape).items()}
+        return from_tensors(self.grid, {name: getattr(self, name).view(types[name]) for name in types}, shape)
 
     def expand_multiply(self, x: torch.Tensor) -> torch.Tensor:
-        scales = self.scale_bits.view(torch.bfloat16)[..., None]  # [out, groups, 1]
-        if self.zeros is None:
-            zeros = torch.full_like(scales, self.grid.levels // 2)
-        else:
-            zeros = unpack_bits(self.zeros[None], self.grid.bits, scales.numel()).view(scales.shape).bfloat16()
+        compressed = self.compressed()
+        scales, zeros = scale_values(compressed.scales, compressed.tensor_scale), compressed.zeros.float()
         out = x.new_empty(len(x), self.out_features)
         step = channels_at_once(self.in_features)
         for start in range(0, self.out_features, step):
             part = slice(start, start + step)
-            weight = unpack_bits(self.codes[part], self.grid.bits, self.in_features).bfloat16()
-            grouped = weight.view(len(weight), scales.shape[1], -1)
-            grouped.sub_(zeros[part]).mul_(scales[part])  # the difference of codes is exact, so this rounds once
+            codes = compressed.codes[part].view(-1, scales.shape[1], self.in_features // scales.shape[1])
+            weight = values_of(codes, self.grid, scales[part, :, None], zeros[part, :, None]).bfloat16().flatten(1)
             out[:, part] = F.linear(x, weight, None if self.bias is None else self.bias[part])
         return out
 

@@ -18,6 +18,8 @@ def layer_class(grid: Grid, out_features: int, in_features: int) -> type[PackedL
     A kernel where there is one: int8 with one scale per output channel; int4 in groups of 32, 64 or 128 with output
     channels in multiples of 16. Everything else keeps its codes at their true size, dequantized for every call.
     """
+    if grid.element != "int" or grid.real_zero:
+        return CodesLinear
     if grid.bits == 8 and grid.groups(in_features) == 1:
         return Int8Linear
     return Int4Linear if Int4Linear.fits(grid, out_features, in_features) else CodesLinear

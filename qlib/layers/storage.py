@@ -3,6 +3,7 @@
 Codes are a stream of `bits` bits each, the first code in the lowest bits. A row of the weight starts at a whole byte.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,12 @@ import torch.nn.functional as F
 from qlib.errors import UserError
 from qlib.quantize.grid import CompressedWeight, Grid
 
-__all__ = ["pack_bits", "unpack_bits", "packed_width", "to_tensors", "from_tensors", "stored_bytes"]
+__all__ = [
+    "pack_bits", "unpack_bits", "packed_width", "to_tensors", "from_tensors", "expected_tensors", "stored_bytes"
+]  # fmt: skip
+
+#: Scales are bf16 but for these.
+SCALE_TYPES = {"mxfp4": torch.float8_e8m0fnu, "nvfp4": torch.float8_e4m3fn}
 
 
 def packed_width(count: int, bits: int) -> int:
@@ -55,14 +61,37 @@ def to_tensors(compressed: CompressedWeight) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of a weight.
 
     Returns:
-        codes: uint8 `[out, in * bits / 8]`. scales: bf16 `[out, groups]`. zeros, unless the grid is symmetric: uint8,
-        all `out * groups` of them as one stream.
+        codes: uint8 `[out, in * bits / 8]`. scales: in the type of the format, `[out, groups]`, or `[1]` where the tensor
+        has one. zeros, where the grid has them: uint8, all `out * groups` of them as one stream, or bf16
+        `[out, groups]`. tensor_scale: fp32 `[1]`, of nvfp4.
     """
-    bits = compressed.grid.bits
-    tensors = {"codes": pack_bits(compressed.codes, bits), "scales": compressed.scales.contiguous()}
-    if not compressed.grid.symmetric:
-        tensors["zeros"] = pack_bits(compressed.zeros.reshape(1, -1), bits)[0]
+    grid = compressed.grid
+    scales = compressed.scales[0] if grid.group_size == "tensor" else compressed.scales
+    tensors = {"codes": pack_bits(compressed.codes, grid.bits), "scales": scales.contiguous()}
+    if grid.real_zero:
+        tensors["zeros"] = compressed.zeros.contiguous()
+    elif grid.has_zeros:
+        tensors["zeros"] = pack_bits(compressed.zeros.reshape(1, -1), grid.bits)[0]
+    if compressed.tensor_scale is not None:
+        tensors["tensor_scale"] = compressed.tensor_scale.reshape(1)
     return tensors
+
+
+def expected_tensors(grid: Grid, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape of every tensor that `to_tensors` returns for a weight `[out, in]`."""
+    out_features, in_features = shape
+    groups = (out_features, grid.groups(in_features))
+    expected = {
+        "codes": (torch.uint8, (out_features, packed_width(in_features, grid.bits))),
+        "scales": (SCALE_TYPES.get(grid.element, torch.bfloat16), (1,) if grid.group_size == "tensor" else groups),
+    }
+    if grid.real_zero:
+        expected["zeros"] = (torch.bfloat16, groups)
+    elif grid.has_zeros:
+        expected["zeros"] = (torch.uint8, (packed_width(groups[0] * groups[1], grid.bits),))
+    if grid.element == "nvfp4":
+        expected["tensor_scale"] = (torch.float32, (1,))
+    return expected
 
 
 def from_tensors(grid: Grid, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> CompressedWeight:
@@ -72,14 +101,7 @@ def from_tensors(grid: Grid, tensors: Mapping[str, torch.Tensor], shape: tuple[i
         UserError: a tensor is missing, or has another shape or type than grid and `shape` ask for.
     """
     out_features, in_features = shape
-    groups = grid.groups(in_features)
-    expected = {
-        "codes": (torch.uint8, (out_features, packed_width(in_features, grid.bits))),
-        "scales": (torch.bfloat16, (out_features, groups)),
-    }
-    if not grid.symmetric:
-        expected["zeros"] = (torch.uint8, (packed_width(out_features * groups, grid.bits),))
-    for name, (dtype, wanted) in expected.items():
+    for name, (dtype, wanted) in expected_tensors(grid, shape).items():
         tensor = tensors.get(name)
         if tensor is None:
             raise UserError(f"'{name}' is missing beside {', '.join(tensors)} of an {grid.name} weight")
@@ -89,15 +111,20 @@ def from_tensors(grid: Grid, tensors: Mapping[str, torch.Tensor], shape: tuple[i
                 f"expected {dtype} {list(wanted)}"
             )
     codes, scales = unpack_bits(tensors["codes"], grid.bits, in_features), tensors["scales"]
-    if grid.symmetric:
-        zeros = torch.full(scales.shape, grid.levels // 2, dtype=torch.uint8, device=scales.device)
-    else:
+    if grid.group_size == "tensor":
+        scales = scales.expand(out_features, 1)
+    if grid.real_zero:
+        zeros = tensors["zeros"]
+    elif grid.has_zeros:
         zeros = unpack_bits(tensors["zeros"][None], grid.bits, scales.numel()).view(scales.shape)
-    return CompressedWeight(grid, codes, scales, zeros)
+    else:
+        middle = grid.levels // 2 if grid.element == "int" else 0
+        zeros = torch.full(scales.shape, middle, dtype=torch.uint8, device=scales.device)
+    factor = tensors["tensor_scale"][0] if grid.element == "nvfp4" else None
+    return CompressedWeight(grid, codes, scales, zeros, factor)
 
 
 def stored_bytes(grid: Grid, out_features: int, in_features: int) -> int:
     """Bytes of what `to_tensors` returns for a weight of this shape."""
-    groups = grid.groups(in_features)
-    zeros = 0 if grid.symmetric else packed_width(out_features * groups, grid.bits)
-    return out_features * (packed_width(in_features, grid.bits) + 2 * groups) + zeros
+    tensors = expected_tensors(grid, (out_features, in_features)).values()
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in tensors)

@@ -9,13 +9,11 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.layers import pack
-from qlib.layers.storage import from_tensors
+from qlib.layers.storage import expected_tensors, from_tensors
 from qlib.models.checkpoint import TensorEntry
 from qlib.quantize.grid import Grid
 
 __all__ = ["load_packed"]
-
-PARTS = ("codes", "scales", "zeros")
 
 
 def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> nn.Module:
@@ -30,12 +28,12 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
     del config.quantization_config  # transformers knows no method of this name
     model = empty_model(config)
     read = _reader(entries, folder)
-    for name, grid in layers.items():
-        linear = model.get_submodule(name)
-        names = [part for part in PARTS if part != "zeros" or not grid["symmetric"]]
-        tensors = {part: read(f"{name}.{part}") for part in names}
+    for name, fields in layers.items():
+        linear, grid = model.get_submodule(name), Grid(**fields)
+        shape = (linear.out_features, linear.in_features)
+        tensors = {part: read(f"{name}.{part}") for part in expected_tensors(grid, shape)}
         bias = None if linear.bias is None else nn.Parameter(read(f"{name}.bias"), requires_grad=False)
-        compressed = from_tensors(Grid(**grid), tensors, (linear.out_features, linear.in_features))
+        compressed = from_tensors(grid, tensors, shape)
         linear.bias = bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, pack(linear, compressed))

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,7 @@ def _write(subject: Subject, folder: Path, format: str) -> None:
         grids = {name: layer.grid for name, layer in layers.items()}
         config["quantization_config"] = {
             "quant_method": "qlib",
-            "layers": {
-                name: {"bits": g.bits, "group_size": g.group_size, "symmetric": g.symmetric} for name, g in grids.items()
-            },
+            "layers": {name: asdict(grid) for name, grid in grids.items()},
         }
     save_torch_state_dict({name: t.detach().contiguous() for name, t in tensors.items()}, folder, safe_serialization=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")

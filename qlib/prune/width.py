@@ -25,7 +25,7 @@ from qlib.models.shapes import kept_width
 from qlib.prune.mask import mask_of
 from qlib.prune.structures import Gram, channels_of, choose_structures, compensate, output_error
 from qlib.recipe import Context
-from qlib.walk import walk
+from qlib.walk import feed_groups, walk
 
 __all__ = ["Options", "SCOPE", "CALIBRATES", "NEEDS_FLOAT", "check", "apply"]
 
@@ -142,20 +142,13 @@ def _parts(old: Any, new: Any, head_dim: int) -> list[_Part]:
 
 def _narrow_blocks(model: nn.Module, parts: list[_Part], options: Options, context: Context) -> list[dict[str, Any]]:
     """Walk once and narrow each block after its inputs were seen; returns figures per block."""
-    by_writer, grams = {part.writer: part for part in parts}, {}
-    found: list[dict[str, Any]] = [{"block": index} for index in range(len(blocks_of(model)))]
-
-    def open_group(index: int, block: nn.Module, names: tuple[str, ...]):
-        if names[0] not in by_writer:
-            return None
-        gram = grams[names[0]] = Gram(block.get_submodule(names[0]).in_features)
-        return gram.feed
-
-    def close_group(index: int, block: nn.Module, names: tuple[str, ...]) -> None:
-        if names[0] in by_writer:
-            found[index] |= _narrow(block, by_writer[names[0]], grams.pop(names[0]).matrix, options)
-
-    walk(model, context.ids, open_group, close_group, "pruning width")
+    found = []
+    for visit in walk(model, context.ids, label="pruning width"):
+        grams = {part.writer: Gram(visit.block.get_submodule(part.writer).in_features) for part in parts}
+        feed_groups(visit.block, visit.inputs, {(writer,): gram.feed for writer, gram in grams.items()})
+        found.append({"block": visit.index})
+        for part in parts:
+            found[-1] |= _narrow(visit.block, part, grams[part.writer].matrix, options)
     return found
 
 

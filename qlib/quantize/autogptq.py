@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.quantize.grid import CompressedWeight, Grid, round_to_grid
+from qlib.quantize.formats import GridOptions
+from qlib.quantize.grid import CompressedWeight, round_to_grid
 
 __all__ = ["Options", "SCOPE", "Statistic", "check", "solve"]
 
@@ -25,37 +26,30 @@ SCOPE = "linear"
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(GridOptions):
     """Options of a pass with auto-gptq's solver; the same as those of gptq.
 
     Args:
-        bits: width of a code.
-        group_size: input channels that share a scale; null: one scale per output channel.
-        symmetric: keep the middle code for zero instead of fitting a zero per group.
         damp: what is added to the diagonal of the Hessian, as a share of its mean.
         block_size: columns after which the columns further right, and the weights scales are fitted to, are brought up
             to date.
         act_order: start with the columns of the largest inputs; scales are then fitted before anything is rounded.
     """
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group_size: Literal[32, 64, 128] | None = 128
-    symmetric: bool = False
     damp: float = field(default=0.01, metadata={"minimum": 0})
     block_size: Literal[32, 64, 128, 256] = 128
     act_order: bool = False
 
-    @property
-    def grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
-
 
 def check(subject: Any, options: Options) -> None:
-    """Refuse the pass where auto-gptq is not installed.
+    """Refuse what auto-gptq does not know, and the pass where it is not installed.
 
     Raises:
-        UserError: it is not.
+        UserError: either.
     """
+    if options.element != "int" or options.clip != "none":
+        field = "element" if options.element != "int" else "clip"
+        raise UserError(f"{field}: {getattr(options, field)} is nothing that auto-gptq's solver knows; use pass gptq")
     _package()
 
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from qlib.errors import UserError
+from qlib.quantize.formats import GridOptions
 from qlib.quantize.grid import CompressedWeight, Grid, fit_grid
 
 __all__ = ["Options", "SCOPE", "Statistic", "Factor", "factorize", "solve_columns", "solve"]
@@ -23,28 +24,18 @@ MORE_DAMPING = (10, 100, 1000)
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of a GPTQ pass.
+class Options(GridOptions):
+    """Options of a GPTQ pass, beside those of every grid.
 
     Args:
-        bits: width of a code.
-        group_size: input channels that share a scale; null: one scale per output channel.
-        symmetric: keep the middle code for zero instead of fitting a zero per group.
         damp: what is added to the diagonal of the Hessian, as a share of its mean.
         block_size: columns after which the columns further right are brought up to date; changes time, hardly results.
         act_order: start with the columns of the largest inputs; scales are then fitted before anything is rounded.
     """
 
-    bits: Literal[2, 3, 4, 5, 6, 8] = 4
-    group_size: Literal[32, 64, 128] | None = 128
-    symmetric: bool = False
     damp: float = field(default=0.01, metadata={"minimum": 0})
     block_size: Literal[32, 64, 128, 256] = 128
     act_order: bool = False
-
-    @property
-    def grid(self) -> Grid:
-        return Grid(self.bits, self.group_size, self.symmetric)
 
 
 @dataclass(frozen=True)
@@ -187,7 +178,7 @@ def _fit(
     group = columns[first : first + size]
     if kept is not None:
         group = group.masked_fill(~kept[first : first + size], 0)
-    scales, zeros = fit_grid(group.t(), Grid(grid.bits, None, grid.symmetric))
+    scales, zeros, _ = fit_grid(group.t(), Grid(grid.bits, None, grid.symmetric))
     return scales[:, 0], zeros[:, 0]
 
 

@@ -26,6 +26,7 @@ from qlib.train.pretrain import Schedule, Trainer, batch_at, next_token_loss
 __all__ = ["Options", "SCOPE", "check", "apply", "distillation_loss", "drift"]
 
 SCOPE = "model"
+PLAIN_INTEGERS = True
 HELD_OUT = 64  # windows of the development split
 POINTS = 4  # of the held-out curve, after the one before training
 CURVE = 40  # points of the training curve, at most

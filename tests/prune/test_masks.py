@@ -12,7 +12,8 @@ from qlib.params import Calibration
 from qlib.prune import magnitude, wanda
 from qlib.prune.mask import PrunedWeight, mask_of, put_pruned
 from qlib.prune.select import choose_mask
-from qlib.walk import walk
+from qlib.models.families import family_of
+from qlib.walk import feed_groups, walk
 
 CALIBRATION = Calibration(samples=16, length=64)
 
@@ -137,28 +138,19 @@ def test_wanda_loses_less_of_every_output_of_the_reference_model_than_magnitude(
     from qlib.data.calibration import read_calibration
     from qlib.prune.structures import Gram, output_error
 
-    subject, opened, worse = load("reference-2"), {}, []
+    subject, worse = load("reference-2"), []
     ids = read_calibration(subject.tokenizer, Calibration(samples=16), 0)
 
-    def open_group(index, block, names):
-        width = block.get_submodule(names[0]).in_features
-        gram, statistic = opened[index, names] = Gram(width), wanda.Statistic(width, wanda.Options())
-
-        def feed(inputs):
-            gram.feed(inputs)
-            statistic.feed(inputs)
-
-        return feed
-
-    def close_group(index, block, names):
-        gram, statistic = opened.pop((index, names))
-        for name in names:
-            weight, everything = block.get_submodule(name).weight.detach(), torch.arange(len(gram.matrix))
-            scored = (wanda.scores(weight, statistic.norms), weight.abs().float())
-            for by_row in (False, True):
-                masks = [choose_mask(s, 0.5, by_row=by_row) for s in scored]
-                ours, theirs = (output_error(weight, gram.matrix, everything, weight * mask) for mask in masks)
-                worse.extend([(index, name, by_row, ours, theirs)] if ours >= theirs else [])
-
-    walk(subject.model, ids, open_group, close_group)
+    for visit in walk(subject.model, ids):
+        for names in family_of(subject.config).groups:
+            width = visit.block.get_submodule(names[0]).in_features
+            gram, statistic = Gram(width), wanda.Statistic(width, wanda.Options())
+            feed_groups(visit.block, visit.inputs, {names: lambda inputs: (gram.feed(inputs), statistic.feed(inputs))})
+            for name in names:
+                weight, everything = visit.block.get_submodule(name).weight.detach(), torch.arange(width)
+                scored = (wanda.scores(weight, statistic.norms), weight.abs().float())
+                for by_row in (False, True):
+                    masks = [choose_mask(s, 0.5, by_row=by_row) for s in scored]
+                    ours, theirs = (output_error(weight, gram.matrix, everything, weight * mask) for mask in masks)
+                    worse.extend([(visit.index, name, by_row, ours, theirs)] if ours >= theirs else [])
     assert not worse

@@ -13,15 +13,15 @@ def reference_linears():
     from qlib.models.families import blocks_of
     from qlib.models.load import load
     from qlib.params import Calibration
-    from qlib.walk import walk
+    from qlib.models.families import family_of
+    from qlib.walk import feed_groups, walk
 
     subject, seen = load("reference-2"), {}
 
-    def listen(index, block, names):
-        return seen.setdefault((index, names), []).append
-
     ids = read_calibration(subject.tokenizer, Calibration(samples=WINDOWS), seed=0)
-    walk(subject.model, ids, listen, lambda index, block, names: None)
+    for visit in walk(subject.model, ids):
+        groups = {names: seen.setdefault((visit.index, names), []).append for names in family_of(subject.config).groups}
+        feed_groups(visit.block, visit.inputs, groups)
     found = []
     for (index, names), batches in seen.items():
         inputs = torch.cat(batches)

@@ -26,7 +26,7 @@ def brute_force(values, grid, scale, zero):
 @pytest.mark.parametrize("group_size", (None, 32))
 def test_every_weight_goes_to_the_nearest_point_of_its_group(bits, symmetric, group_size):
     grid, w = Grid(bits, group_size, symmetric), weight()
-    scales, zeros = fit_grid(w, grid)
+    scales, zeros, _ = fit_grid(w, grid)
     rounded = round_to_grid(w, grid, scales, zeros).dequantize().double().numpy()
     size = group_size or 64
     for row in range(len(w)):
