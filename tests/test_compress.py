@@ -36,6 +36,10 @@ def test_every_linear_of_every_block_is_rounded_and_nothing_else(model_folder):
         ([{"pass": "rtn", "bit": 4}], "recipe[0].bit: unknown option of pass 'rtn' (did you mean 'bits'?)"),
         ([{"pass": "rtn", "group_size": 128}], "128 does not divide the 64 input channels of self_attn.q_proj; allowed here: 32, 64, null"),
         ([{"pass": "rtn", "group_size": 32}] * 2, "only one of them can"),
+        ([{"pass": "rtn", "element": "fp8"}], "recipe[0].bits: 4 is not allowed with element fp8; allowed: 8"),
+        ([{"pass": "rtn", "element": "fp8", "bits": 8}], "group_size: 128 is not allowed with fp8; allowed: null, tensor"),
+        ([{"pass": "rtn", "activations": "int8"}], "activations: int8 is allowed only with bits 8, group_size null, symmetric"),
+        ([{"pass": "rtn", "element": "mxfp4"}, {"pass": "finetune"}], "recipe[1]: pass 'finetune' works on plain integer grids, not on mxfp4"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_changes(model_folder, recipe, words):

@@ -1,0 +1,71 @@
+"""`qlib bench`: run the benchmarks one after the other, alone on the machine, and write `reports/bench.json`."""
+
+import json
+import time
+from dataclasses import asdict
+from importlib import import_module
+from pathlib import Path
+from typing import Sequence
+
+from qlib.errors import UserError, nearest
+from qlib.paths import write_atomic
+
+__all__ = ["benchmarks", "run_benchmarks", "rows_text"]
+
+
+def benchmarks() -> dict[str, str]:
+    """Name of every benchmark and the first line of what it says of itself: modules here that begin with ``bench_``."""
+    found = {}
+    for file in sorted(Path(__file__).parent.glob("bench_*.py")):
+        found[file.stem.removeprefix("bench_")] = file.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
+    return found
+
+
+def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path) -> int:
+    """Measure and write; rows of benchmarks that were not asked for stay as they are in `target`.
+
+    Args:
+        only: names; all if empty. limit: seconds after which no other benchmark is started.
+
+    Returns:
+        1 if a target was missed or not measured, else 0.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    known = benchmarks()
+    for name in only:
+        if name not in known:
+            raise UserError(f"--only: '{name}' is no benchmark{nearest(name, known)}; allowed: {', '.join(known)}")
+    begun, done = time.perf_counter(), _read(target)
+    for name in only or known:
+        if time.perf_counter() - begun > limit:
+            print(f"{name}: not started, the time limit of {limit:.0f} s is over", flush=True)
+            continue
+        print(f"{name}: {known[name]}", flush=True)
+        start = time.perf_counter()
+        rows = import_module(f"qlib.bench.bench_{name}").measure(root)
+        done[name] = [asdict(row) | {"benchmark": name} for row in rows]
+        print(rows_text(done[name]), f"{name}: {time.perf_counter() - start:.0f} s\n", sep="\n", flush=True)
+        write_atomic(target, json.dumps([row for one in known for row in done.get(one, [])], indent=1) + "\n")
+    print(target)
+    return int(any(row["met"] is not True for name in only or known for row in done.get(name, [{"met": None}])))
+
+
+def _read(target: Path) -> dict[str, list[dict]]:
+    done: dict[str, list[dict]] = {}
+    if target.is_file():
+        for row in json.loads(target.read_text(encoding="utf-8")):
+            done.setdefault(row["benchmark"], []).append(row)
+    return done
+
+
+def rows_text(rows: Sequence[dict]) -> str:
+    """One line for each row: met or not, measured figure with interval, target, name."""
+    words = {True: "met", False: "MISSED", None: "not resolved"}
+    lines = []
+    for row in rows:
+        figure = "-" if row["measured"] is None else f"{row['measured']:.3g} ({row['low']:.3g} to {row['high']:.3g})"
+        word = words[row["met"]] if row["measured"] is not None else "not measured"
+        lines.append(f"  {word:<13}{figure:<26}{row['target']:<9}{row['unit']:<9}{row['name']}")
+    return "\n".join(lines)

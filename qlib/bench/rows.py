@@ -1,0 +1,52 @@
+"""What a benchmark reports: a figure, what it should be, and whether its interval says that it is."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlib.evaluate.timing import median_interval
+
+__all__ = ["Row", "judge", "missing", "time_ratio"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One target.
+
+    Attributes:
+        name: what was compared, e.g. ``gptq int4: speed over llm-compressor``. target: with its sense, e.g. ``>= 1.5``.
+        measured: None if it could not be measured; `how` then says why. low, high: its 95 % interval, where one is known.
+        unit: ``times`` for ratios of time, ``fraction``, ``seconds``, ``ratio``.
+        met: whether the interval's bad end meets the target; None if the target lies inside ("not resolved").
+        how: settings, versions and counts in one line.
+    """
+
+    name: str
+    target: str
+    measured: float | None
+    unit: str
+    met: bool | None
+    low: float | None = None
+    high: float | None = None
+    how: str = ""
+
+
+def judge(name: str, target: str, measured: float | tuple[float, float, float], unit: str, how: str) -> Row:
+    """Hold a figure, or value, low and high, against a target such as ``>= 1.5`` or ``<= 1.2``."""
+    value, low, high = measured if isinstance(measured, tuple) else (measured, measured, measured)
+    sense, limit = target.split()
+    passed, failed = (low >= float(limit), high < float(limit))
+    if sense == "<=":
+        passed, failed = high <= float(limit), low > float(limit)
+    return Row(name, target, value, unit, True if passed else False if failed else None, low, high, how)
+
+
+def missing(name: str, target: str, unit: str, why: str) -> Row:
+    """A target that could not be measured."""
+    return Row(name, target, None, unit, None, how=f"not measured: {why}")
+
+
+def time_ratio(slow: Any, fast: Any, seed: int = 0) -> tuple[float, float, float]:
+    """Median of the paired ratios of two series of times from the same rounds, and its interval."""
+    return median_interval(np.asarray(slow, dtype=float) / np.asarray(fast, dtype=float), seed)
