@@ -31,7 +31,8 @@ def compress(subject: Subject, recipe: list[dict[str, Any]], calibration: Any = 
 
     Args:
         recipe: steps such as ``{"pass": "rtn", "bits": 4}``; see the module of each pass for its options.
-        calibration: which text to read (``text``, ``samples``, ``length``), read only if a pass feeds on data.
+        calibration: which text to read (``text``, ``samples``, ``length``), read only if a pass feeds on data; or the
+            batches of token ids `[rows, tokens]` themselves.
         seed: draws the calibration windows and whatever else is random.
 
     Raises:
@@ -112,7 +113,7 @@ def _check(subject: Subject, steps: list[Step]) -> None:
     gridded = [_name(module) for module, options in steps if hasattr(options, "grid")]
     if len(gridded) > 1:
         raise UserError(f"recipe: passes {', '.join(gridded)} each put the weights on a grid; only one of them can")
-    if gridded and packed_layers(subject.model):
+    if gridded and any(packed_layers(block) for block in blocks_of(subject.model)):
         raise UserError(f"recipe: pass '{gridded[0]}' needs float weights, but the model is already packed")
     packed = bool(packed_layers(subject.model))
     for index, (module, options) in enumerate(steps):
@@ -120,7 +121,7 @@ def _check(subject: Subject, steps: list[Step]) -> None:
             raise UserError(f"recipe[{index}]: pass '{_name(module)}' must come before the weights are put on a grid")
         if getattr(module, "PREPARES", False) and not any(hasattr(later, "grid") for _, later in steps[index:]):
             raise UserError(f"recipe[{index}]: pass '{_name(module)}' prepares for a grid, but none follows, e.g. rtn")
-        packed = packed or hasattr(options, "grid")
+        packed = packed or hasattr(options, "grid") or getattr(module, "PACKS", False)
         grids = [later.grid for _, later in steps[:index] if hasattr(later, "grid")]
         if getattr(module, "PLAIN_INTEGERS", False) and any(
             grid.element != "int" or grid.real_zero or grid.activations for grid in grids
@@ -147,6 +148,8 @@ def _calibration_ids(subject: Subject, steps: list[Step], calibration: Any, seed
         return []
     if calibration is None:
         raise UserError("calibration: is missing, but a pass of the recipe feeds on data")
+    if isinstance(calibration, list):
+        return calibration
     from qlib.data.calibration import read_calibration
 
     return read_calibration(subject.tokenizer, calibration, seed)

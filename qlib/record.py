@@ -32,6 +32,7 @@ UNITS = {
     "size.resident_bytes": "bytes",
     "size.bits_per_weight": "bits",
     "size.bits_per_weight_total": "bits",
+    "size.kv_bytes_per_token": "bytes",
     "latency.prefill_ms": "ms",
     "latency.decode_ms": "ms",
     "latency.request_ms": "ms",
@@ -66,7 +67,7 @@ REQUIRED = {
     "mixed_precision": _COMPRESSED,
     "finetuning": (*_COMPRESSED, *_TRAIN),
     "combined": _COMPRESSED,
-    "tool": _COMPRESSED,
+    "tool": (*_QUALITY, *_AGAINST, "size.bits_per_weight", "compress.seconds"),
     "speed": (),
     "training": (),
 }

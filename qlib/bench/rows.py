@@ -33,13 +33,21 @@ class Row:
 
 
 def judge(name: str, target: str, measured: float | tuple[float, float, float], unit: str, how: str) -> Row:
-    """Hold a figure, or value, low and high, against a target such as ``>= 1.5`` or ``<= 1.2``."""
+    """Hold a figure, or value, low and high, against a target.
+
+    Args:
+        target: ``>= 1.5`` or ``<= 1.2``: met if the whole interval is there; ``not above 1``: met unless the whole interval
+            is above.
+    """
     value, low, high = measured if isinstance(measured, tuple) else (measured, measured, measured)
-    sense, limit = target.split()
-    passed, failed = (low >= float(limit), high < float(limit))
-    if sense == "<=":
-        passed, failed = high <= float(limit), low > float(limit)
-    return Row(name, target, value, unit, True if passed else False if failed else None, low, high, how)
+    sense, _, limit = target.rpartition(" ")
+    bound = float(limit)
+    met = {
+        ">=": True if low >= bound else False if high < bound else None,
+        "<=": True if high <= bound else False if low > bound else None,
+        "not above": low <= bound,
+    }[sense]
+    return Row(name, target, value, unit, met, low, high, how)
 
 
 def missing(name: str, target: str, unit: str, why: str) -> Row:

@@ -8,12 +8,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 
+import torch
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.layers import packed_layers, resident_bytes
+from qlib.layers import resident_bytes
 from qlib.layers.storage import stored_bytes
 from qlib.models.families import blocks_of, linears_of
+from qlib.models.packed import coded_modules
 from qlib.models.shapes import Shape
 from qlib.quantize.formats import ELEMENTS, Grid
 from qlib.record import Measurement
@@ -27,6 +29,7 @@ __all__ = [
 Format = str | Mapping[str, Mapping[str, float]]
 
 BF16 = 2  # bytes
+KV_TOKENS = 16  # that a cache is filled with to see what it takes
 FORMAT = re.compile(
     r"(?:bf16|int([234568])(?:-g([1-9]\d*))?(-z16)?(-a8)?|(fp8|fp8-tensor|mxfp4|nvfp4))(?:@([\d.]+)(?:/([\d.]+))?)?"
 )
@@ -80,21 +83,42 @@ def measure_footprint(model: nn.Module) -> dict[str, dict]:
     Memory is that of all parameters and buffers, shared storage counted once. ``size.bits_per_weight`` is over the
     linears of the blocks, scales and zeros included; ``_total`` is over all weights. Zeros in a dense weight count in full.
     """
-    packed = packed_layers(model)
-    codes = sum(stored_bytes(layer.grid, layer.out_features, layer.in_features) for layer in packed.values())
-    compressed = sum(layer.out_features * layer.in_features for layer in packed.values())
-    dense = [one for block in blocks_of(model) for one in linears_of(model, block).values() if hasattr(one, "weight")]
+    coded = coded_modules(model).values()
     parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
-    others = sum(parameter.numel() for parameter in parameters)
-    rest = _storage_bytes(parameters)
+    linears = [linear for block in blocks_of(model) for linear in linears_of(model, block).values()]
+    stored = sum(map(_stored_bytes, coded)) + _storage_bytes(parameters)
+    weights = sum(map(_weights, coded)) + sum(parameter.numel() for parameter in parameters)
+    inside = sum(map(_stored_bytes, linears))
     storages = _storage_bytes([*model.parameters(), *model.buffers()])
-    linears = compressed + sum(one.weight.numel() for one in dense)
-    stored = codes + sum(one.weight.numel() * one.weight.element_size() for one in dense)
     return {
         "size.resident_bytes": _bytes(storages, "parameters and buffers, shared ones once", "no activations, no cache"),
-        "size.bits_per_weight_total": _bits(codes + rest, compressed + others, "all weights"),
-        "size.bits_per_weight": _bits(stored, linears, "linears of the blocks"),
+        "size.bits_per_weight_total": _bits(stored, weights, "all weights"),
+        "size.bits_per_weight": _bits(inside, sum(map(_weights, linears)), "linears of the blocks"),
+        "size.kv_bytes_per_token": _kv_bytes(model),
     }
+
+
+@torch.no_grad()
+def _kv_bytes(model: nn.Module) -> dict:
+    """What the model's own key-value cache holds for a token, all layers together."""
+    from qlib.layers.kv_cache import cache_bytes, make_cache
+
+    cache = make_cache(model)
+    ids = torch.zeros(1, KV_TOKENS, dtype=torch.long, device=model.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    method = f"memory of a cache filled with {KV_TOKENS} tokens"
+    return _bytes(cache_bytes(cache) / KV_TOKENS, method, "all layers, keys and values, batch 1")
+
+
+def _weights(module: nn.Module) -> int:
+    return module.weight.numel() if hasattr(module, "weight") else module.out_features * module.in_features
+
+
+def _stored_bytes(module: nn.Module) -> int:
+    """Bytes of a weight in a checkpoint, without bias."""
+    if hasattr(module, "weight"):
+        return module.weight.numel() * module.weight.element_size()
+    return stored_bytes(module.grid, module.out_features, module.in_features)
 
 
 def _storage_bytes(tensors) -> int:
@@ -142,7 +166,7 @@ def kv_cache_bytes(shape: Shape, tokens: int = 1) -> int:
     return BF16 * shape.layers * shape.kv_elements * tokens
 
 
-def _bytes(value: int, method: str, conditions: str) -> dict:
+def _bytes(value: float, method: str, conditions: str) -> dict:
     return asdict(Measurement(value, "bytes", method=method, conditions=conditions))
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from qlib.models.families import FAMILIES
+from qlib.models.families import FAMILIES, family_of
 
 __all__ = ["ModelLogits", "branch_mask", "branch_positions"]
 
@@ -34,16 +34,23 @@ class ModelLogits:
         body = options[..., :-1]  # what an option's last token says is not asked for
         ids = torch.cat([contexts, body.flatten(1)], dim=1)
         mask = branch_mask(context, count, length - 1).to(self.model.device)
+        dtype = self.model.get_submodule(family_of(self.model.config).norm).weight.dtype  # the type it computes in
         logits = self._run(
             ids,
-            attention_mask=torch.zeros_like(mask, dtype=self.model.dtype).masked_fill_(~mask, -torch.inf)[None, None],
+            attention_mask=torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)[None, None],
             position_ids=branch_positions(context, count, length - 1)[None].to(self.model.device),
             logits_to_keep=ids.shape[1] - context + 1,
         )
         return logits[:, 0], logits[:, 1:].unflatten(1, (count, length - 1))
 
     def _run(self, ids: torch.Tensor, **options) -> torch.Tensor:
-        return self.model(input_ids=ids.to(self.model.device), use_cache=False, **options).logits
+        """Logits; where keys and values are stored in few bits, what is seen of them has been through a cache."""
+        if getattr(self.model.config, "kv_cache", None):
+            from qlib.layers.kv_cache import make_cache
+
+            options["past_key_values"] = make_cache(self.model)
+        cached = "past_key_values" in options
+        return self.model(input_ids=ids.to(self.model.device), use_cache=cached, **options).logits
 
     def _takes_mask(self, tokens: int) -> bool:
         """Whether a mask replaces the model's own: not where a sliding window, which it would lift, matters."""

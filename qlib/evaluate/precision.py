@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlib.layers import PackedLinear, packed_layers
+from qlib.layers.embedding import PackedEmbedding
 
 __all__ = ["in_float32", "product", "HELD_BYTES"]
 
@@ -31,6 +32,7 @@ def in_float32(model: nn.Module) -> Iterator[nn.Module]:
         parameter.data = parameter.data.float()
     replaced = {module: _plain(module) for module in model.modules() if type(module) is nn.Linear}
     replaced |= _packed(packed.values())
+    replaced |= {module: module.rows for module in model.modules() if isinstance(module, PackedEmbedding)}
     for module, forward in replaced.items():
         module.forward = forward
     try:

@@ -12,6 +12,7 @@ from qlib.evaluate.items import LEVELS, build_items, cut_windows
 from qlib.evaluate.statistics import ratio_interval, resample
 from qlib.evaluate.tally import BOOTSTRAP, Tally, measured
 from qlib.models.load import Subject
+from qlib.models.packed import coded_modules
 from qlib.record import Measurement
 
 __all__ = ["Quality", "evaluate"]
@@ -115,10 +116,8 @@ def _protocol_line(evaluation: Any, data: str, documents: int, texts: Sequence[l
 
 
 def _describe(subject: Subject, weights: str) -> dict[str, Any]:
-    parameters = sum(p.numel() for p in subject.model.parameters()) + sum(
-        layer.in_features * layer.out_features
-        for layer in subject.model.modules()
-        if hasattr(layer, "compressed")
-    )  # fmt: skip
+    coded = coded_modules(subject.model).values()
+    parameters = sum(p.numel() for p in subject.model.parameters())
+    parameters += sum(module.in_features * module.out_features for module in coded)
     source = subject.source
     return {"source": source.name, "revision": source.revision, "weights_sha256": weights, "parameters": parameters}

@@ -66,6 +66,7 @@ def weight_parameters(model: nn.Module) -> int:
 
 
 def is_tied(model: nn.Module) -> bool:
-    """True if head and embedding are one tensor."""
+    """True if head and embedding are one tensor, be it weights or codes."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return isinstance(getattr(head, "weight", None), torch.Tensor) and head.weight is embedding.weight
+    pairs = [(getattr(head, name, None), getattr(embedding, name, None)) for name in ("weight", "codes")]
+    return any(isinstance(ours, torch.Tensor) and ours is theirs for ours, theirs in pairs)

@@ -98,7 +98,7 @@ def load(model: str = "reference", device: str = "cpu", revision: str | None = N
     tokenizer = _load_tokenizer(source.folder)
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     if packed:
-        from qlib.models.packed import load_packed
+        from qlib.models.packed import load_packed, share_codes
 
         network = load_packed(source.folder, config, entries)
     else:
@@ -110,7 +110,10 @@ def load(model: str = "reference", device: str = "cpu", revision: str | None = N
     check_finite(network, entries, source.folder)
     network.get_submodule(family.blocks)
     network.eval().requires_grad_(False)
-    return Subject(network.to(device), tokenizer, config, source)
+    network.to(device)
+    if packed:
+        share_codes(network)
+    return Subject(network, tokenizer, config, source)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Read a checkpoint in qlib's packed format back into packed layers."""
+"""Which modules of a model hold codes, and how a checkpoint in qlib's packed format becomes such modules again."""
 
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,34 @@ from safetensors import safe_open
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.layers import pack
+from qlib.layers import PackedLinear, pack
+from qlib.layers.embedding import PackedEmbedding, tied_head
 from qlib.layers.storage import expected_tensors, from_tensors
 from qlib.models.checkpoint import TensorEntry
+from qlib.models.families import family_of, is_tied
 from qlib.quantize.grid import Grid
 
-__all__ = ["load_packed"]
+__all__ = ["coded_modules", "share_codes", "load_packed"]
+
+
+def coded_modules(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding]:
+    """Packed linears and embedding by name; codes that embedding and head share only under the embedding's name."""
+    kinds = (PackedLinear, PackedEmbedding)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    if is_tied(model):
+        found.pop(family_of(model.config).head, None)
+    return found
+
+
+def share_codes(model: nn.Module) -> bool:
+    """Put a head on the codes of the embedding, if the configuration ties them; returns whether it does.
+
+    Moving a model to another device tears shared buffers apart: call this again.
+    """
+    shared = model.config.tie_word_embeddings and isinstance(model.get_input_embeddings(), PackedEmbedding)
+    if shared:
+        model.set_output_embeddings(tied_head(model.get_input_embeddings()))
+    return shared
 
 
 def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> nn.Module:
@@ -29,14 +51,16 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
     model = empty_model(config)
     read = _reader(entries, folder)
     for name, fields in layers.items():
-        linear, grid = model.get_submodule(name), Grid(**fields)
-        shape = (linear.out_features, linear.in_features)
+        module, grid = model.get_submodule(name), Grid(**fields)
+        shape = tuple(module.weight.shape)
         tensors = {part: read(f"{name}.{part}") for part in expected_tensors(grid, shape)}
-        bias = None if linear.bias is None else nn.Parameter(read(f"{name}.bias"), requires_grad=False)
         compressed = from_tensors(grid, tensors, shape)
-        linear.bias = bias
+        if getattr(module, "bias", None) is not None:
+            module.bias = nn.Parameter(read(f"{name}.bias"), requires_grad=False)
+        packed = PackedEmbedding(compressed) if isinstance(module, nn.Embedding) else pack(module, compressed)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, pack(linear, compressed))
+        setattr(model.get_submodule(parent), leaf, packed)
+    shared = share_codes(model)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             tensor = read(name)
@@ -48,7 +72,8 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
     _rebuild_buffers(model, config)
-    model.tie_weights()
+    if not shared:
+        model.tie_weights()
     return model
 
 

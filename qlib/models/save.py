@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,31 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.evaluate.footprint import measure_footprint
-from qlib.layers import packed_layers
-from qlib.layers.storage import to_tensors
-from qlib.models.families import is_tied
+from qlib.export import packed  # noqa: F401 (what it imports belongs to the cache key)
+from qlib.layers import PackedLinear
+from qlib.models.families import family_of, is_tied
 from qlib.models.load import Subject
+from qlib.models.packed import coded_modules
 from qlib.record import Measurement
 
 __all__ = ["save", "FORMATS"]
 
-FORMATS = ("packed", "dense")
+FORMATS = ("packed", "dense", "gptq", "compressed_tensors", "gguf")
 
 
 def save(subject: Subject, folder: str | Path, format: str = "packed") -> dict[str, Any]:
     """Write model, configuration and tokenizer into `folder`, which appears whole or not at all.
 
     Args:
-        format: "packed" keeps compressed linears as codes, scales and zeros; "dense" writes their bf16 values, for
-            programs that know no packed format.
+        format: "packed" keeps whatever is compressed as codes, scales and zeros; "dense" writes bf16 values, for programs
+            that know no packed format; "gptq" and "compressed_tensors" write the linears of the blocks as other programs
+            read them, and embedding and head in bf16; "gguf" writes one file for llama.cpp.
 
     Returns:
         the ``size.*`` measurements: bytes on disk, bytes resident in memory, bits per weight.
 
     Raises:
-        UserError: unknown format, or the folder cannot be written.
+        UserError: unknown format, a weight that the format cannot hold, or a folder that cannot be written.
     """
     if format not in FORMATS:
         raise UserError(f"format: '{format}' is unknown; allowed: {', '.join(FORMATS)}")
@@ -43,42 +45,50 @@ def save(subject: Subject, folder: str | Path, format: str = "packed") -> dict[s
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write(subject, partial, format)
+        written = _write_gguf(subject, partial) if format == "gguf" else _write(subject, partial, format)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except PermissionError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    words = f"{format} format" if packed_layers(subject.model) else "bf16 weights"
-    return {"size.disk_bytes": _disk_bytes(folder, words)} | measure_footprint(subject.model)
+    words = f"{format} format" if coded_modules(subject.model) else "bf16 weights"
+    return {"size.disk_bytes": _disk_bytes(folder, words)} | measure_footprint(subject.model) | written
 
 
-def _write(subject: Subject, folder: Path, format: str) -> None:
+def _write_gguf(subject: Subject, folder: Path) -> dict[str, Any]:
+    """One file; what it takes for a weight of the blocks is not what our own format takes."""
+    from qlib.export.gguf import export
+
+    bits = export(subject, folder)["bits_per_weight"]
+    return {"size.bits_per_weight": Measurement(bits, "bits", method="types of the file", conditions="linears of the blocks")}
+
+
+def _write(subject: Subject, folder: Path, format: str) -> dict[str, Any]:
     from huggingface_hub import save_torch_state_dict
 
-    model = subject.model
-    layers = packed_layers(model)
-    tensors = _plain_tensors(model, set(layers))
+    model, coded = subject.model, coded_modules(subject.model)
+    tensors = _plain_tensors(model, set(coded))
     config = subject.config.to_dict()
     config["architectures"] = [type(model).__name__]
-    for name, layer in layers.items():
+    blocks = f"{family_of(model.config).blocks}."
+    held = {name: one for name, one in coded.items() if format == "packed" or name.startswith(blocks)}
+    if format == "dense":
+        held = {}
+    if held:  # asked first, because it refuses what the format cannot say
+        linears = [name for name, one in model.named_modules() if isinstance(one, (nn.Linear, PackedLinear))]
+        written = import_module(f"qlib.export.{format}")
+        config["quantization_config"] = written.quantization_config(held, [name for name in linears if name not in held])
+    for name, layer in coded.items():
         compressed = layer.compressed()
-        if format == "packed":
-            tensors |= {f"{name}.{key}": value for key, value in to_tensors(compressed).items()}
-        else:
-            tensors[f"{name}.weight"] = compressed.dequantize().bfloat16()
-        if layer.bias is not None:
+        own = written.layer_tensors(compressed) if name in held else {"weight": compressed.dequantize().bfloat16()}
+        tensors |= {f"{name}.{key}": value for key, value in own.items()}
+        if getattr(layer, "bias", None) is not None:
             tensors[f"{name}.bias"] = layer.bias
-    if layers and format == "packed":
-        grids = {name: layer.grid for name, layer in layers.items()}
-        config["quantization_config"] = {
-            "quant_method": "qlib",
-            "layers": {name: asdict(grid) for name, grid in grids.items()},
-        }
     save_torch_state_dict({name: t.detach().contiguous() for name, t in tensors.items()}, folder, safe_serialization=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
     subject.tokenizer.save_pretrained(folder)
+    return {}
 
 
 def _plain_tensors(model: nn.Module, packed: set[str]) -> dict[str, torch.Tensor]:
@@ -94,5 +104,5 @@ def _name_of(model: nn.Module, module: nn.Module) -> str:
 
 def _disk_bytes(folder: Path, conditions: str) -> Measurement:
     """Bytes of the weight files; tokenizer and configuration are the same for every strategy and left out."""
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return Measurement(size, "bytes", method="size of the safetensors files", conditions=conditions)
+    size = sum(file.stat().st_size for kind in ("*.safetensors", "*.gguf") for file in folder.glob(kind))
+    return Measurement(size, "bytes", method="size of the weight files", conditions=conditions)

@@ -26,6 +26,7 @@ MEASURES = {
     "size.bits_per_weight_total": Measure("Bits per weight, whole model", "lower"),
     "size.disk_bytes": Measure("Size on disk", "lower"),
     "size.resident_bytes": Measure("Size in memory", "lower"),
+    "size.kv_bytes_per_token": Measure("Key-value cache, per token", "lower"),
     "latency.prefill_ms": Measure("Prefill", "lower"),
     "latency.decode_ms": Measure("Decode, per token", "lower"),
     "latency.request_ms": Measure("Request", "lower"),

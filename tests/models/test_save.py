@@ -68,5 +68,13 @@ def test_an_interrupted_save_leaves_nothing(model_folder, tmp_path, monkeypatch)
 
 
 def test_unknown_format(model_folder, tmp_path):
-    with pytest.raises(UserError, match="format: 'gguf' is unknown; allowed: packed, dense"):
-        save(load(str(model_folder())), tmp_path / "saved", format="gguf")
+    with pytest.raises(UserError, match="format: 'onnx' is unknown; allowed: packed, dense, gptq"):
+        save(load(str(model_folder())), tmp_path / "saved", format="onnx")
+
+
+def test_a_file_for_llama_cpp_takes_the_place_of_safetensors(model_folder, tmp_path):
+    subject = compress(load(str(model_folder())), [{"pass": "rtn", "bits": 4, "group_size": 32, "symmetric": True}])
+    sizes = save(subject, tmp_path / "gguf", "gguf")
+    assert [file.name for file in (tmp_path / "gguf").iterdir()] == ["model.gguf"]
+    assert sizes["size.disk_bytes"].value == (tmp_path / "gguf" / "model.gguf").stat().st_size
+    assert sizes["size.bits_per_weight"].value == 4.5
