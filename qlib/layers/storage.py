@@ -66,8 +66,8 @@ def to_tensors(compressed: CompressedWeight) -> dict[str, torch.Tensor]:
         `[out, groups]`. tensor_scale: fp32 `[1]`, of nvfp4.
     """
     grid = compressed.grid
-    scales = compressed.scales[0] if grid.group_size == "tensor" else compressed.scales
-    tensors = {"codes": pack_bits(compressed.codes, grid.bits), "scales": scales.contiguous()}
+    scales = compressed.scales[0].clone() if grid.group_size == "tensor" else compressed.scales.contiguous()
+    tensors = {"codes": pack_bits(compressed.codes, grid.bits), "scales": scales}
     if grid.real_zero:
         tensors["zeros"] = compressed.zeros.contiguous()
     elif grid.has_zeros:

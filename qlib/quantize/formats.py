@@ -17,22 +17,25 @@ class Element:
         group_size: input channels that share a scale; 0: free.
         scale_bits: width of a scale. Scales of integers and of fp8 are bf16; of mxfp4 powers of two (e8m0); of nvfp4
             e4m3 times one fp32 factor of the whole tensor.
-        largest: magnitude of the largest number; 0: as many as the bits give.
+        largest: magnitude of the largest number of a float.
+        mantissa: its bits behind the point. normal: its smallest normal number; below it lie subnormals, evenly spaced.
     """
 
     bits: int | None = None
     group_size: int = 0
     scale_bits: int = 16
     largest: float = 0.0
+    mantissa: int = 0
+    normal: float = 0.0
 
 
 #: fp8 is e4m3 without infinities (Micikevicius et al. 2022, arXiv:2209.05433), both fp4 formats hold e2m1 numbers (OCP
 #: Microscaling Formats 1.0, 2023; nvfp4: Alvarez et al. 2025).
 ELEMENTS = {
     "int": Element(),
-    "fp8": Element(8, 0, 16, 448.0),
-    "mxfp4": Element(4, 32, 8, 6.0),
-    "nvfp4": Element(4, 16, 8, 6.0),
+    "fp8": Element(8, 0, 16, 448.0, 3, 2.0**-6),
+    "mxfp4": Element(4, 32, 8, 6.0, 1, 1.0),
+    "nvfp4": Element(4, 16, 8, 6.0, 1, 1.0),
 }
 
 
@@ -42,8 +45,8 @@ class Grid:
 
     Args:
         bits: width of a code, 2 to 8.
-        group_size: input channels that share a scale and a zero; None: one group per output channel; "tensor": one scale
-            for the whole weight.
+        group_size: input channels that share a scale and a zero; None: one group per output channel; "tensor": one
+            scale for the whole weight.
         symmetric: zero is the middle code; otherwise it is fitted and stored per group. Floats are always symmetric.
         element: a name in `ELEMENTS`.
         activations: "int8": inputs are rounded, token by token, to symmetric 8 bits when the layer runs.

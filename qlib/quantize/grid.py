@@ -7,11 +7,15 @@ import torch
 
 from qlib.quantize.formats import ELEMENTS, Grid
 
-__all__ = ["Grid", "CompressedWeight", "Fit", "fit_grid", "round_to_grid", "nearest_codes", "values_of", "scale_values"]
+__all__ = [
+    "Grid", "CompressedWeight", "Fit", "fit_grid", "fit_range", "ranges", "round_to_grid", "nearest_steps",
+    "nearest_codes", "values_of", "scale_values", "rows_at_once",
+]  # fmt: skip
 
 #: The magnitudes of e2m1; a code is the sign in bit 3 and an index into these.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 TINY = 2.0**-120  # stands in for a scale of zero where a power of two is asked for
+SLICE = 2**17  # weights, see `rows_at_once`
 
 
 class Fit(NamedTuple):
@@ -63,24 +67,35 @@ def values_of(codes: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torc
     if grid.element == "fp8":
         return codes.view(torch.float8_e4m3fn).float() * scales
     table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
-    return table[codes.long()] * scales
+    return table[codes.int()] * scales
 
 
-def nearest_codes(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    """uint8 codes of the numbers of the grid that are nearest to fp32 values; scales and zeros are broadcast.
+def nearest_steps(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """The numbers of the grid nearest to fp32 values, in fp32 and in units of the scale: times scale, they are weights.
 
-    Ties go to the even code, as in IEEE 754.
+    Ties of floats go to the even code, as in IEEE 754. Scales and zeros, fp32, are broadcast against values.
     """
     steps = values / scales
     if grid.element == "int":
-        codes = (steps + zeros).round() if grid.real_zero else steps.round() + zeros
-        return codes.clamp(0, grid.levels - 1).to(torch.uint8)
+        steps = steps.add_(zeros).round_() if grid.real_zero else steps.round_().add_(zeros)
+        return steps.clamp_(0, grid.levels - 1).sub_(zeros)
+    element = ELEMENTS[grid.element]
+    steps.clamp_(-element.largest, element.largest)
+    power = steps.abs().clamp_(min=element.normal).view(torch.int32)  # of two, at most the number: its exponent alone
+    spacing = power.bitwise_and_(0x7F800000).view(torch.float32).mul_(2.0**-element.mantissa)
+    return steps.div_(spacing).round_().mul_(spacing)
+
+
+def nearest_codes(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """uint8 codes of the numbers of the grid that are nearest to fp32 values; fp32 scales and zeros are broadcast."""
+    steps = nearest_steps(values, grid, scales, zeros)
+    if grid.element == "int":
+        return steps.add_(zeros).round_().to(torch.uint8)
     if grid.element == "fp8":
-        largest = ELEMENTS["fp8"].largest
-        return steps.clamp(-largest, largest).to(torch.float8_e4m3fn).view(torch.uint8)
-    middles = torch.tensor([(low + high) / 2 for low, high in zip(E2M1, E2M1[1:])], device=steps.device)
-    middles[1::2] = torch.nextafter(middles[1::2], torch.zeros(()))  # the upper neighbour is the even code
-    return (torch.bucketize(steps.abs(), middles) + 8 * (steps < 0)).to(torch.uint8)
+        return steps.to(torch.float8_e4m3fn).view(torch.uint8)
+    size = steps.abs()
+    index = torch.minimum(torch.minimum(2 * size, size + 2), size / 2 + 4)  # of E2M1: each octave has half the slope
+    return (index + 8 * (steps < 0)).to(torch.uint8)
 
 
 def fit_grid(weight: torch.Tensor, grid: Grid, tensor_scale: torch.Tensor | None = None) -> Fit:
@@ -94,9 +109,13 @@ def fit_grid(weight: torch.Tensor, grid: Grid, tensor_scale: torch.Tensor | None
         The fit. Scales are rounded to the type they are stored in before codes are computed from them, so that nothing
         is lost when they are stored.
     """
-    grouped = weight.float().view(len(weight), grid.groups(weight.shape[1]), -1)
-    low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    return fit_range(low, high, grid, tensor_scale)
+    return fit_range(*ranges(weight, grid), grid, tensor_scale)
+
+
+def ranges(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least and greatest weight of every group, and 0 if that lies outside of them; fp32 `[out, groups]` each."""
+    groups = weight.view(len(weight), grid.groups(weight.shape[1]), -1)
+    return groups.amin(-1).float().clamp(max=0), groups.amax(-1).float().clamp(min=0)
 
 
 def fit_range(low: torch.Tensor, high: torch.Tensor, grid: Grid, tensor_scale: torch.Tensor | None = None) -> Fit:
@@ -118,8 +137,8 @@ def _fit_floats(largest: torch.Tensor, grid: Grid, tensor_scale: torch.Tensor | 
     """Scales of float formats for groups whose largest magnitudes are `largest`."""
     top, zeros = ELEMENTS[grid.element].largest, torch.zeros(largest.shape, dtype=torch.uint8, device=largest.device)
     if grid.element == "mxfp4":  # the exponent of the largest weight less that of the largest number, 4 <= 6 < 8
-        exponents = torch.floor(torch.log2(largest.clamp(min=TINY))) - 2
-        return Fit(torch.exp2(exponents).to(torch.float8_e8m0fnu), zeros)
+        exponents = torch.frexp(largest.clamp(min=TINY)).exponent - 3  # frexp: 0.5 <= mantissa < 1
+        return Fit(torch.ldexp(torch.ones_like(largest), exponents).to(torch.float8_e8m0fnu), zeros)
     if grid.element == "nvfp4":
         if tensor_scale is None:
             tensor_scale = (largest.max() / (top * ELEMENTS["fp8"].largest)).clamp(min=TINY)
@@ -139,6 +158,13 @@ def round_to_grid(
     tensor_scale: torch.Tensor | None = None,
 ) -> CompressedWeight:
     """Round every weight to the nearest code of its group."""
-    grouped = weight.float().view(*scales.shape, -1)
-    codes = nearest_codes(grouped, grid, scale_values(scales, tensor_scale)[..., None], zeros.float()[..., None])
-    return CompressedWeight(grid, codes.view(weight.shape), scales, zeros, tensor_scale)
+    parts, rows = [], rows_at_once(weight)
+    factors = scale_values(scales, tensor_scale)[..., None]
+    for part, factor, zero in zip(weight.split(rows), factors.split(rows), zeros.float()[..., None].split(rows)):
+        parts.append(nearest_codes(part.float().view(len(part), scales.shape[1], -1), grid, factor, zero).flatten(1))
+    return CompressedWeight(grid, torch.cat(parts), scales, zeros, tensor_scale)
+
+
+def rows_at_once(weight: torch.Tensor) -> int:
+    """Rows of a weight `[out, in]` to work on together: on a CPU, what is done to them must fit a core's cache."""
+    return max(1, SLICE * (1 if weight.device.type == "cpu" else 64) // weight.shape[1])

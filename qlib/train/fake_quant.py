@@ -61,8 +61,8 @@ class FakeQuantLinear(nn.Module):
     Attributes:
         latent: fp32 `[out, in]`, what is rounded: the weight in steps of its scale, divided by `CODE_RATE`. Begins
             at the packed layer's codes, so that the layer begins as what it stands in for.
-        log_scales: fp32 `[out, groups]`, the logarithm of the scales, divided by `SCALE_RATE`: a step of the optimizer
-            is relative, and no scale turns negative.
+        log_scales: fp32 `[out, groups]`, the logarithm of the scales' magnitudes, divided by `SCALE_RATE`: a step of the
+            optimizer is relative, and no scale changes its sign.
         bias: the very parameter of the packed layer, or None.
         zeros: uint8 `[out, groups]`, fixed. mask: bool `[out, in]` or None: false stays zero.
     """
@@ -76,7 +76,8 @@ class FakeQuantLinear(nn.Module):
         self.register_buffer("mask", mask_of(packed))
         codes = self._grouped(compressed.codes.float()) - compressed.zeros.float()[..., None]
         self.latent = nn.Parameter(codes.view(self.out_features, self.in_features) / CODE_RATE)
-        self.log_scales = nn.Parameter(compressed.scales.float().log() / SCALE_RATE)
+        self.register_buffer("signs", compressed.scales.float().sign())  # a symmetric range may be turned round
+        self.log_scales = nn.Parameter(compressed.scales.float().abs().log() / SCALE_RATE)
         self.register_parameter("bias", packed.bias)
 
     def _grouped(self, weight: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ class FakeQuantLinear(nn.Module):
 
     def scales(self) -> torch.Tensor:
         """fp32 `[out, groups]`, rounded to bf16 as they will be stored."""
-        exact = (self.log_scales * SCALE_RATE).exp()
+        exact = self.signs * (self.log_scales * SCALE_RATE).exp()
         return straight_through(exact, exact.bfloat16().float())
 
     def quantized(self) -> torch.Tensor:

@@ -122,3 +122,11 @@ def test_the_gradient_reaches_weights_scales_and_bias_and_no_scale_turns_negativ
     with torch.no_grad():
         model[0].log_scales -= 2
     assert (model[0].scales() > 0).all() and torch.equal(model[0].scales(), model[0].scales().bfloat16().float())
+
+
+def test_a_range_that_was_turned_round_stays_so():
+    grid, weight = Grid(2, 32, symmetric=True), torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    scales, zeros, _ = fit_grid(weight, grid)
+    compressed = round_to_grid(weight, grid, -scales, zeros)
+    layer = FakeQuantLinear(pack(torch.nn.Linear(64, 8, bias=False), compressed))
+    torch.testing.assert_close(layer.quantized(), compressed.dequantize(), rtol=0, atol=0)
