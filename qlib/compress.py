@@ -11,11 +11,12 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.evaluate.memory import track_peak
-from qlib.layers import PackedLinear, pack, packed_layers
+from qlib.layers import PackedLinear, pack
 from qlib.models.families import blocks_of, family_of, linears_of
 from qlib.models.load import Subject
 from qlib.prune.mask import PrunedWeight, mark_pruned, mask_of, put_pruned
 from qlib.recipe import BlockContext, Context, read_recipe
+from qlib.refuse import check_recipe
 from qlib.record import Measurement
 from qlib.walk import Visit, feed_groups, walk
 
@@ -39,7 +40,7 @@ def compress(subject: Subject, recipe: list[dict[str, Any]], calibration: Any = 
         UserError: the recipe does not fit the model, told before anything is changed.
     """
     steps = read_recipe(recipe)
-    _check(subject, steps)
+    check_recipe(subject, steps)
     context = Context(_calibration_ids(subject, steps, calibration, seed), seed)
     layers: dict[str, dict[str, Any]] = {}
     plan: dict[str, dict[str, Any]] = {}
@@ -106,40 +107,6 @@ def _stages(steps: list[Step]) -> list[list[Step]]:
 def _later_grid(steps: list[Step], group: list[Step]) -> Any:
     """Options of the pass that puts weights on a grid, in this stage or a later one; None if there is none."""
     return next((options for _, options in steps[steps.index(group[0]) :] if hasattr(options, "grid")), None)
-
-
-def _check(subject: Subject, steps: list[Step]) -> None:
-    """Refuse what cannot work: a grid on top of a grid, group sizes that do not divide, and what the passes refuse."""
-    gridded = [_name(module) for module, options in steps if hasattr(options, "grid")]
-    if len(gridded) > 1:
-        raise UserError(f"recipe: passes {', '.join(gridded)} each put the weights on a grid; only one of them can")
-    if gridded and any(packed_layers(block) for block in blocks_of(subject.model)):
-        raise UserError(f"recipe: pass '{gridded[0]}' needs float weights, but the model is already packed")
-    packed = bool(packed_layers(subject.model))
-    for index, (module, options) in enumerate(steps):
-        if packed and getattr(module, "NEEDS_FLOAT", False):
-            raise UserError(f"recipe[{index}]: pass '{_name(module)}' must come before the weights are put on a grid")
-        if getattr(module, "PREPARES", False) and not any(hasattr(later, "grid") for _, later in steps[index:]):
-            raise UserError(f"recipe[{index}]: pass '{_name(module)}' prepares for a grid, but none follows, e.g. rtn")
-        packed = packed or hasattr(options, "grid") or getattr(module, "PACKS", False)
-        grids = [later.grid for _, later in steps[:index] if hasattr(later, "grid")]
-        if getattr(module, "PLAIN_INTEGERS", False) and any(
-            grid.element != "int" or grid.real_zero or grid.activations for grid in grids
-        ):
-            raise UserError(f"recipe[{index}]: pass '{_name(module)}' works on plain integer grids, not on {grids[0].name}")
-        if hasattr(module, "check"):
-            try:
-                module.check(subject, options)
-            except UserError as error:
-                raise UserError(f"recipe[{index}].{error}") from None
-        grid = getattr(options, "grid", None)
-        for name, linear in linears_of(subject.model, blocks_of(subject.model)[0]).items():
-            if grid and isinstance(grid.group_size, int) and linear.in_features % grid.group_size:
-                fit = [str(size) for size in (32, 64, 128) if linear.in_features % size == 0]
-                raise UserError(
-                    f"recipe[{index}].group_size: {grid.group_size} does not divide the {linear.in_features} input "
-                    f"channels of {name}; allowed here: {', '.join([*fit, 'null'])}"
-                )
 
 
 def _calibration_ids(subject: Subject, steps: list[Step], calibration: Any, seed: int) -> list[torch.Tensor]:

@@ -39,6 +39,8 @@ def test_every_linear_of_every_block_is_rounded_and_nothing_else(model_folder):
         ([{"pass": "rtn", "element": "fp8"}], "recipe[0].bits: 4 is not allowed with element fp8; allowed: 8"),
         ([{"pass": "rtn", "element": "fp8", "bits": 8}], "group_size: 128 is not allowed with fp8; allowed: null, tensor"),
         ([{"pass": "rtn", "activations": "int8"}], "activations: int8 is allowed only with bits 8, group_size null, symmetric"),
+        ([{"pass": "awq"}], "recipe[0]: pass 'awq' prepares for a grid, but none follows"),
+        ([{"pass": "magnitude"}, {"pass": "rotate"}], "recipe[1]: pass 'rotate' would fill what was pruned"),
         ([{"pass": "rtn", "element": "mxfp4"}, {"pass": "finetune"}], "recipe[1]: pass 'finetune' works on plain integer grids, not on mxfp4"),
     ],
 )  # fmt: skip

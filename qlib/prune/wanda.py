@@ -12,6 +12,7 @@ __all__ = ["Options", "SCOPE", "NEEDS_FLOAT", "Statistic", "check", "scores", "s
 
 SCOPE = "linear"
 NEEDS_FLOAT = True
+PRUNES = True
 check = check_sparsity
 
 
