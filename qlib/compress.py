@@ -213,6 +213,8 @@ def _solve_one(
         mask = result.mask if isinstance(result, PrunedWeight) else mask
         solved = result.dequantize()
     figures = _figures(weight, solved, "bf16" if isinstance(result, PrunedWeight) else result.grid.name, mask)
+    for statistic in filter(None, statistics):
+        figures |= getattr(statistic, "notes", {})
     if isinstance(result, PrunedWeight):
         put_pruned(linear, result)
         return figures

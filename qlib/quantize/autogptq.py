@@ -1,7 +1,8 @@
 """The solver of the auto-gptq package (0.7.1) as a pass: their code, our walk and our packed layers.
 
 Only their solver is imported, because the rest of the package needs older libraries than this environment has. On
-equal settings its codes are those of `qlib.quantize.gptq`: a check of both.
+equal settings its codes are those of `qlib.quantize.gptq`, a check of both, but for the few rows in which fp32 does not
+tell which of two codes is nearer.
 """
 
 import os

@@ -1,19 +1,27 @@
-"""GPTQ (Frantar et al. 2022): round column by column, each time moving the columns that are left to make up for it.
+"""GPTQ (Frantar et al. 2022): round column by column; each column makes up for the errors of those before it.
 
-For inputs X the squared error ||X (W - Q)^T||^2 of a linear is a quadratic form with Hessian H = 2 X^T X. Once a
-column is rounded, the best change of all later columns has a closed form; the upper Cholesky factor of the inverse
-of H holds what all these steps need, so one factorization serves all rows and all linears that read the same inputs.
+For inputs X the squared error ||X (W - Q)^T||^2 of a linear is, row by row, e H e^T with e = w - q and H = X^T X. With
+the Cholesky factor H = U U^T, U upper triangular, it is a sum with one term for each column,
+
+    sum_j (e_j U_jj + sum_{i<j} e_i U_ij)^2,
+
+and no term knows a later column. So go from left to right and make each term as small as the grid allows: round
+w_j + sum_{i<j} e_i U_ij / U_jj. The paper moves all later columns by rows of the inverse of H instead. That both give
+the same codes was shown by Chee et al. 2023 (QuIP, arXiv:2307.13304) and Chen et al. 2025 (Babai's nearest plane
+algorithm, arXiv:2507.18553); this way takes one factorization where that takes three. One factor serves all rows, and
+all linears that read the same inputs.
 """
 
-import math
-from dataclasses import dataclass, field
-from typing import Literal
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Iterator
 
 import torch
 
 from qlib.errors import UserError
+from qlib.quantize.clip import fit
 from qlib.quantize.formats import GridOptions
-from qlib.quantize.grid import CompressedWeight, Grid, fit_grid
+from qlib.quantize.grid import CompressedWeight, Grid, nearest_codes, nearest_steps, scale_values
 
 __all__ = ["Options", "SCOPE", "Statistic", "Factor", "factorize", "solve_columns", "solve"]
 
@@ -21,6 +29,8 @@ SCOPE = "linear"
 
 #: How much more damping is tried when the Hessian cannot be factorized.
 MORE_DAMPING = (10, 100, 1000)
+LEAF = 16  # columns between two matrix products that hand errors on: the smallest group size, a power of two
+PANEL = 256  # columns of the Hessian that are summed up at a time, from the diagonal down
 
 
 @dataclass(frozen=True)
@@ -28,14 +38,15 @@ class Options(GridOptions):
     """Options of a GPTQ pass, beside those of every grid.
 
     Args:
-        damp: what is added to the diagonal of the Hessian, as a share of its mean.
-        block_size: columns after which the columns further right are brought up to date; changes time, hardly results.
-        act_order: start with the columns of the largest inputs; scales are then fitted before anything is rounded.
+        damp: what is added to the diagonal of the Hessian, as a share of its mean; more where it cannot be factorized.
+        act_order: start with the columns of the largest inputs; all scales are then fitted to the original weights,
+            because the columns of a group are not met together.
+        true_sequential: feed the linears of a block one group after the other, through those already rounded.
     """
 
     damp: float = field(default=0.01, metadata={"minimum": 0})
-    block_size: Literal[32, 64, 128, 256] = 128
     act_order: bool = False
+    true_sequential: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,32 +54,43 @@ class Factor:
     """What solving needs to know of the inputs; the same for every linear that reads them.
 
     Attributes:
-        upper: fp32 `[in, in]`, upper Cholesky factor of the inverse of the damped Hessian, in the order of `order`.
+        upper: fp32 `[in, in]`, U_ij / U_jj of the damped Hessian U U^T, rows and columns in the order of `order`.
+        energy: fp32 `[in]`, the mean square of each input, up to a factor.
         dead: bool `[in]`, columns whose input was always 0.
         order: int64 `[in]`, the columns in the order they are rounded; None: from left to right.
+        damp: the damping it took.
     """
 
     upper: torch.Tensor
+    energy: torch.Tensor
     dead: torch.Tensor
     order: torch.Tensor | None = None
+    damp: float = 0.0
 
 
 class Statistic:
-    """The Hessian 2/n * sum x x^T of the inputs of one or several linears, and its factor once it is asked for."""
+    """The Hessian sum x x^T of the inputs of one or several linears, and its factor once it is asked for.
+
+    Attributes:
+        hessian: fp32 `[in, in]`, its lower triangle, or None. Neither the number of tokens nor any other factor of it
+            matters to the result.
+        notes: what the record tells of every linear that was solved: the damping it took, and the dead columns.
+    """
 
     def __init__(self, width: int, options: Options):
         self.width = width
         self.free()
 
     def feed(self, inputs: torch.Tensor) -> None:
-        """Add inputs `[tokens, in]`. A running mean, so that the sum stays in range however much is fed."""
+        """Add inputs `[tokens, in]`."""
         if self.hessian is None:
             self.hessian = torch.zeros(self.width, self.width, device=inputs.device)
-        self.hessian *= self.tokens / (self.tokens + len(inputs))
-        self.tokens += len(inputs)
-        scaled = math.sqrt(2 / self.tokens) * inputs.float()
-        self.hessian += scaled.t() @ scaled
         self._factors = {}
+        x = inputs.float()
+        with _bf16_products(inputs.dtype == torch.bfloat16):
+            for start in range(0, self.width, PANEL):
+                panel = slice(start, start + PANEL)
+                self.hessian[start:, panel] += x[:, start:].t() @ x[:, panel]
 
     def factor(self, damp: float, act_order: bool = False) -> Factor:
         """The factor of what was fed so far, computed once.
@@ -79,41 +101,55 @@ class Statistic:
         if self.hessian is None:
             raise UserError("calibration: no text reached a linear that GPTQ was to solve")
         if (damp, act_order) not in self._factors:
-            self._factors[damp, act_order] = factorize(self.hessian, damp, act_order)
+            for start in range(PANEL, self.width, PANEL):  # the other triangle
+                self.hessian[start - PANEL : start, start:] = self.hessian[start:, start - PANEL : start].t()
+            found = factorize(self.hessian, damp, act_order)
+            self._factors[damp, act_order] = found
+            self.notes = {"damp": found.damp, "dead": int(found.dead.sum())}
         return self._factors[damp, act_order]
 
     def free(self) -> None:
         """Forget everything."""
-        self.tokens = 0
         self.hessian: torch.Tensor | None = None
+        self.notes: dict[str, Any] = {}
         self._factors: dict[tuple[float, bool], Factor] = {}
 
 
+@contextmanager
+def _bf16_products(allowed: bool) -> Iterator[None]:
+    """Let oneDNN multiply fp32 matrices as bf16, with fp32 sums: exact for bf16 numbers, and faster."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        if allowed:
+            matmul.fp32_precision = "bf16"
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def factorize(hessian: torch.Tensor, damp: float = 0.01, act_order: bool = False) -> Factor:
-    """Damp a Hessian `[in, in]`, invert it and factorize the inverse; where that fails, with more damping.
+    """Damp a Hessian `[in, in]` and factorize it; where that fails, with more damping. Takes three times its memory.
 
     Raises:
         UserError: inputs were not finite, or no damping helped.
     """
     if not hessian.isfinite().all():
         raise UserError("calibration: some inputs of a linear are infinite or not a number, so GPTQ cannot solve it")
-    hessian = hessian.clone()
-    diagonal = hessian.diagonal()  # a view
-    dead = diagonal == 0
-    diagonal.masked_fill_(dead, 1)
-    order = None
-    if act_order:
-        order = diagonal.argsort(descending=True, stable=True)
-        hessian = hessian[order][:, order]
-        diagonal = hessian.diagonal()
+    energy = hessian.diagonal().clone()
+    dead = energy == 0
+    diagonal = energy.masked_fill(dead, 1)
+    order = diagonal.argsort(descending=True, stable=True) if act_order else None
     for share in (damp, *(max(damp, 1e-4) * more for more in MORE_DAMPING)):
-        damped = hessian.clone()
-        damped.diagonal().add_(share * diagonal.mean())
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # Read backwards, because the factor L L^T of a matrix read backwards is the factor U U^T of the matrix.
+        damped = hessian.flip(0, 1) if order is None else hessian[order.flip(0)][:, order.flip(0)]
+        added = diagonal if order is None else diagonal[order]
+        damped.diagonal().copy_(added.flip(0) + share * diagonal.mean())
+        damped, failed = torch.linalg.cholesky_ex(damped)
         if failed == 0:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if failed == 0:
-                return Factor(upper, dead, order)
+            upper = damped.flip(0, 1)
+            upper /= upper.diagonal().clone()
+            return Factor(upper, energy, dead, order, share)
     raise UserError(
         f"damp: {damp} and up to {share:g} leave the Hessian of {len(hessian)} inputs singular; "
         "allowed: more damping, or more calibration samples"
@@ -121,65 +157,58 @@ def factorize(hessian: torch.Tensor, damp: float = 0.01, act_order: bool = False
 
 
 def solve_columns(
-    weight: torch.Tensor, factor: Factor, grid: Grid, block_size: int = 128, mask: torch.Tensor | None = None
+    weight: torch.Tensor, factor: Factor, grid: Grid, clip: str = "none", mask: torch.Tensor | None = None
 ) -> CompressedWeight:
-    """Round a weight column by column (the paper's algorithm 1; in its letters: W, H^-1 = U^T U with U upper, Q, E).
+    """Round a weight column by column.
 
-    Scale and zero of a group are fitted when its first column is reached, to the weights as they then are; with an
-    order they are fitted to the original weights before, because the columns of a group are then not met together.
+    Scales and zeros of a group are fitted when its first column is reached, to what its weights would best be then if
+    they needed no rounding; with an order to the original weights, because a group's columns are not met together.
 
     A weight that was pruned keeps the zero's code. What earlier columns moved into its place is handed on to those that
     are left, as in SparseGPT (Frantar and Alistarh 2023): one factor still serves all rows, whatever their masks.
 
     Args:
         weight: `[out, in]`, not modified.
-        block_size: columns after which all columns further right are updated, in one matrix product; inside a block
-            one column at a time. One of group and block size must divide the other.
+        clip: see `qlib.quantize.clip`.
         mask: bool `[out, in]`, false where a weight was pruned.
     """
-    width, size = weight.shape[1], grid.group_size or weight.shape[1]
-    columns = weight.float().t().contiguous()  # [in, out]: a column of the weight lies together in memory
-    columns = columns.masked_fill(factor.dead[:, None], 0)
-    kept = None if mask is None else mask.t()
-    columns = columns if kept is None else columns.masked_fill(~kept, 0)
-    scales = torch.empty(grid.groups(width), len(weight), device=weight.device)  # [groups, out]
-    zeros = torch.empty_like(scales)
-    if factor.order is not None:
-        fitted = fit_grid(columns.t().contiguous(), grid)
-        scales, zeros = fitted[0].t().float(), fitted[1].t().float()
-        columns, kept = columns[factor.order], None if kept is None else kept[factor.order]
-    places = list(range(width)) if factor.order is None else factor.order.tolist()
-    codes = torch.empty(columns.shape, dtype=torch.uint8, device=weight.device)
-    for start in range(0, width, block_size):
-        stop = min(start + block_size, width)
-        block, upper = columns[start:stop], factor.upper[start:stop]  # views; `columns` is modified in place
-        errors = torch.empty_like(block)
-        for i in range(stop - start):
-            group = places[start + i] // size
-            if factor.order is None and (start + i) % size == 0:
-                scales[group], zeros[group] = _fit(columns, kept, start + i, size, grid)
-            scale, zero, now = scales[group], zeros[group], block[i]
-            code = (now / scale).round_().add_(zero).clamp_(0, grid.levels - 1)
-            if kept is not None:
-                code = torch.where(kept[start + i], code, zero)
-            codes[places[start + i]] = code
-            errors[i] = (now - (code - zero) * scale) / upper[i, start + i]
-            block[i + 1 :] -= torch.outer(upper[i, start + i + 1 : stop], errors[i])
-        columns[stop:] -= (errors.t() @ upper[:, stop:]).t()
-    return CompressedWeight(
-        grid, codes.t().contiguous(), scales.t().contiguous().bfloat16(), zeros.t().contiguous().to(torch.uint8)
-    )
-
-
-def _fit(
-    columns: torch.Tensor, kept: torch.Tensor | None, first: int, size: int, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zeros `[out]` of the group of columns that begins at `first`; pruned weights count as zero."""
-    group = columns[first : first + size]
-    if kept is not None:
-        group = group.masked_fill(~kept[first : first + size], 0)
-    scales, zeros, _ = fit_grid(group.t(), Grid(grid.bits, None, grid.symmetric))
-    return scales[:, 0], zeros[:, 0]
+    width, size = weight.shape[1], weight.shape[1] // grid.groups(weight.shape[1])
+    weight = weight.float().masked_fill(factor.dead if mask is None else factor.dead | ~mask, 0)
+    static = factor.order is not None or size == width  # no group is fitted on the way
+    fitted = fit(weight, grid, clip if static else "none", factor.energy)
+    scales = scale_values(fitted.scales, fitted.tensor_scale).t().contiguous()  # [groups, out]
+    zeros = fitted.zeros.float().t().contiguous()
+    order = torch.arange(width, device=weight.device) if factor.order is None else factor.order
+    groups = (order // size).tolist()
+    errors = weight.t()[order].contiguous()  # [in, out]; w where a column has not been rounded, w - q where it has
+    moved = errors.clone()  # w_j + sum_{i<j} e_i U_ij / U_jj, complete when column j is reached; then q_j / scale
+    kept = None if mask is None else mask.t()[order]
+    for start in range(0, width, LEAF):
+        # Columns from `start` on now hear of as many before it as the largest power of two that divides it. So each
+        # hears of every earlier one once and in time, and most of the work is done in large products.
+        span = start & -start
+        before, after = slice(start - span, start), slice(start, start + span)
+        moved[after].addmm_(factor.upper[before, after].t(), errors[before])
+        if not static and start % size == 0:
+            here, group = slice(start, start + size), start // size
+            drift = torch.linalg.solve_triangular(
+                factor.upper[here, here].t(), moved[here] - errors[here], upper=False, unitriangular=True
+            )
+            best = errors[here] + drift if kept is None else (errors[here] + drift).masked_fill(~kept[here], 0)
+            told = (replace(grid, group_size=None), clip, factor.energy[here], fitted.tensor_scale)
+            found = fit(best.t().contiguous(), *told)
+            fitted.scales[:, group], fitted.zeros[:, group] = found.scales[:, 0], found.zeros[:, 0]
+            scales[group] = scale_values(found.scales[:, 0], found.tensor_scale)
+            zeros[group] = found.zeros[:, 0]
+        for j in range(start, min(start + LEAF, width)):
+            now, scale, zero = moved[j], scales[groups[j]], zeros[groups[j]]
+            now.addmv_(errors[start:j].t(), factor.upper[start:j, j])
+            steps = nearest_steps(now, grid, scale, zero)
+            now.copy_(steps if kept is None else steps * kept[j])
+            errors[j].addcmul_(now, scale, value=-1)
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    codes[:, order] = nearest_codes(moved, grid, torch.ones_like(moved[0]), zeros[order // size]).t()
+    return CompressedWeight(grid, codes, *fitted)
 
 
 def solve(
@@ -193,4 +222,4 @@ def solve(
     if statistic is None:
         raise UserError("calibration: GPTQ needs text to compare outputs on; give the inputs of the linear")
     factor = statistic.factor(options.damp, options.act_order)
-    return solve_columns(weight, factor, options.grid, options.block_size, mask)
+    return solve_columns(weight, factor, options.grid, options.clip, mask)

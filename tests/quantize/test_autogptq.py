@@ -1,4 +1,7 @@
-"""Our GPTQ and auto-gptq's: on equal settings they are the same method, so their codes must be the same."""
+"""Our GPTQ and auto-gptq's: on equal settings they are the same method, so their codes must be the same.
+
+They get there by other factors: theirs is of the inverse Hessian, ours of the Hessian.
+"""
 
 import os
 import sys
@@ -11,11 +14,13 @@ from qlib.quantize import autogptq, gptq
 from test_gptq import draw, output_error
 
 
-def both(weight, inputs, **settings):
+def both(weight, inputs, block_size=128, **settings):
     """What our solver and auto-gptq's make of a weight, each with a statistic fed in two unequal parts."""
     solved = []
-    for module in (gptq, autogptq):
-        options = module.Options(**settings)
+    for module, options in (
+        (gptq, gptq.Options(**settings)),
+        (autogptq, autogptq.Options(block_size=block_size, **settings)),
+    ):
         statistic = module.Statistic(weight.shape[1], options)
         for part in inputs.split(len(inputs) * 2 // 3):
             statistic.feed(part)
@@ -23,10 +28,28 @@ def both(weight, inputs, **settings):
     return solved
 
 
-def assert_same(ours, theirs):
-    """Bit for bit: the arithmetic is the same in every step."""
-    assert torch.equal(ours.codes, theirs.codes), f"{(ours.codes != theirs.codes).sum()} codes differ"
-    assert torch.equal(ours.scales, theirs.scales) and torch.equal(ours.zeros, theirs.zeros)
+def assert_same(ours, theirs, weight, inputs, act_order=False):
+    """The same codes in all rows, but for those where fp32 cannot tell which of two codes is nearer.
+
+    Both compute in fp32, in another order, and from there on such a row takes another course. So the first difference
+    of a row must stand where in float64 a weight lies halfway between two codes. Returns the number of such rows.
+    """
+    exact = inputs.double().T @ inputs.double()
+    order = exact.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(exact))
+    hessian = (exact + 0.01 * exact.diagonal().mean() * torch.eye(len(exact)))[order][:, order]
+    errors = (weight.double() - theirs.dequantize())[:, order]
+    size = weight.shape[1] // theirs.scales.shape[1]
+    scales = theirs.scales.double().repeat_interleave(size, 1)[:, order]
+    differing = (ours.codes != theirs.codes)[:, order]
+    rows = differing.any(1).nonzero()[:, 0].tolist()
+    for row in rows:
+        at = int(differing[row].nonzero()[0])
+        # What the columns before ask of those from here on: the least e H e^T with their errors as they are.
+        asked = -torch.linalg.solve(hessian[at:, at:], hessian[at:, :at] @ errors[row, :at])[0]
+        steps = (weight[row, order[at]].double() - asked) / scales[row, at]
+        fits = torch.equal(ours.scales[row], theirs.scales[row])
+        assert not fits or abs((steps - steps.floor()).item() - 0.5) < 1e-3, f"row {row} differs from column {at} on"
+    return len(rows)
 
 
 @pytest.mark.parametrize("bits", (4, 3))
@@ -35,21 +58,24 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("act_order", (False, True))
 def test_codes_coincide_on_random_matrices(bits, size, symmetric, act_order):
     for seed, (rows, columns) in enumerate(((48, 128), (64, 384))):
-        weight, inputs = draw(rows, columns, 500, seed)
+        weight, inputs = (drawn.bfloat16() for drawn in draw(rows, columns, 500, seed))
         settings = {"bits": bits, "group_size": size, "symmetric": symmetric, "act_order": act_order}
-        assert_same(*both(weight.bfloat16(), inputs.bfloat16(), block_size=size or 128, **settings))
+        solved = both(weight, inputs, block_size=size or 128, **settings)
+        assert assert_same(*solved, weight, inputs, act_order) <= 1
 
 
 @pytest.mark.parametrize("bits", (4, 3))
 def test_codes_coincide_on_every_linear_of_the_reference_model(reference_linears, bits):
-    for _, weight, inputs in reference_linears:
-        assert_same(*both(weight, inputs, bits=bits))
+    differing = sum(assert_same(*both(weight, x, bits=bits), weight, x) for _, weight, x in reference_linears)
+    assert differing <= 10  # of 9,984
 
 
 @pytest.mark.parametrize("size, symmetric", ((128, True), (None, False), (None, True), (32, False)))
 def test_codes_coincide_on_real_layers_with_other_grids(reference_linears, size, symmetric):
     for _, weight, inputs in reference_linears[::5]:
-        assert_same(*both(weight, inputs, bits=3, group_size=size, symmetric=symmetric, block_size=size or 128))
+        settings = {"bits": 3, "group_size": size, "symmetric": symmetric}
+        solved = both(weight, inputs, block_size=size or 128, **settings)
+        assert assert_same(*solved, weight, inputs) <= 2
 
 
 def test_inside_a_block_theirs_fits_groups_to_weights_that_are_out_of_date():

@@ -1,8 +1,11 @@
 """GPTQ against the update it is derived from, in float64 with the full inverse Hessian, and on real layers."""
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlib.compress import compress
 from qlib.errors import UserError
@@ -11,9 +14,19 @@ from qlib.models.families import blocks_of, linears_of
 from qlib.models.load import load
 from qlib.params import Calibration
 from qlib.prune.mask import PrunedWeight, mask_of, put_pruned
-from qlib.quantize import gptq, rtn
+from qlib.quantize import clip, gptq, rtn
+from qlib.quantize.grid import round_to_grid
 
-GRIDS = [(bits, size, symmetric) for bits in (4, 3, 2) for size in (None, 32) for symmetric in (False, True)]
+INT_GRIDS = [{"bits": b, "group_size": s, "symmetric": y} for b in (4, 3, 2) for s in (None, 32) for y in (False, True)]
+FLOAT_GRIDS = [
+    {"bits": 8, "group_size": None, "element": "fp8"},
+    {"bits": 8, "group_size": "tensor", "element": "fp8"},
+    {"element": "mxfp4"},
+    {"element": "nvfp4"},
+]
+#: The numbers of e2m1 and of e4m3 (where 480 would be "not a number"), from their definitions.
+E2M1 = [0, 0.5] + [2.0**e * (1 + m / 2) for e in range(3) for m in range(2)]
+E4M3 = [m / 512 for m in range(8)] + [2.0**e * (1 + m / 8) for e in range(-6, 9) for m in range(8)][:-1]
 
 
 def draw(rows=12, columns=64, tokens=256, seed=0):
@@ -24,7 +37,7 @@ def draw(rows=12, columns=64, tokens=256, seed=0):
     return torch.randn(rows, columns, generator=generator), inputs
 
 
-def fed(inputs, options):
+def fed(inputs, options=gptq.Options()):
     statistic = gptq.Statistic(inputs.shape[1], options)
     statistic.feed(inputs)
     return statistic
@@ -40,61 +53,104 @@ def output_error(compressed, weight, inputs):
     return (inputs.double() @ (compressed.dequantize() - weight.float()).double().T).norm().item()
 
 
-def fit(group, bits, symmetric):
-    """Scale (bf16) and zero of each row of a group, from the definition."""
+def nearest(values, numbers):
+    """Of each value the nearest of the sorted numbers, and its sign kept."""
+    numbers = np.array(numbers)
+    return np.sign(values) * numbers[np.abs(np.abs(values)[..., None] - numbers).argmin(-1)]
+
+
+def fit(group, options, tensor_scale):
+    """Scale and zero of each row of a group, from the definition of the format."""
     low, high = np.minimum(group.min(1), 0), np.maximum(group.max(1), 0)
-    if symmetric:
-        high = np.maximum(-low, high)
-        low = -high
-    scale = torch.tensor((high - low) / (2**bits - 1)).bfloat16().double().numpy()
-    return scale, np.full(len(group), 2 ** (bits - 1)) if symmetric else np.round(-low / scale)
+    largest = np.maximum(-low, high)
+    if options.element == "mxfp4":
+        return 2.0 ** (np.floor(np.log2(largest)) - 2), 0
+    if options.element == "nvfp4":
+        return nearest(largest / 6 / tensor_scale, E4M3) * tensor_scale, 0
+    if options.element == "fp8":
+        largest = np.full_like(largest, largest.max()) if options.group_size == "tensor" else largest
+        return torch.tensor(largest / 448).bfloat16().double().numpy(), 0
+    if options.symmetric:
+        low, high = -largest, largest
+    scale = torch.tensor((high - low) / (2**options.bits - 1)).bfloat16().double().numpy()
+    scale[scale == 0] = 1
+    return scale, 2 ** (options.bits - 1) if options.symmetric else np.round(-low / scale)
 
 
-def brute_force(weight, inputs, bits, size, symmetric, damp=0.01, mask=None, act_order=False):
+def on_grid(values, options, scale, zero):
+    """The nearest number of the grid to each value."""
+    if options.element == "int":
+        return (np.clip(np.round(values / scale) + zero, 0, 2**options.bits - 1) - zero) * scale
+    return nearest(values / scale, E4M3 if options.element == "fp8" else E2M1) * scale
+
+
+def brute_force(weight, inputs, mask=None, **settings):
     """Optimal brain quantization in a fixed order: after each column the others move by its error times its row of the
-    inverse Hessian, and the column is eliminated from that inverse. No factorization, no blocks, float64."""
+    inverse Hessian, and the column is eliminated from that inverse. No factorization, no blocks, float64.
+
+    Returns the rounded weight `[out, in]`.
+    """
+    options = gptq.Options(**settings)
     left, x = weight.double().numpy().copy(), inputs.double().numpy()
     kept = np.ones(left.shape, bool) if mask is None else mask.numpy()
-    size = size or left.shape[1]
-    hessian = 2 * x.T @ x / len(x)
-    order = np.argsort(-np.diag(hessian)) if act_order else np.arange(len(hessian))
-    inverse = np.linalg.inv(hessian + damp * np.diag(hessian).mean() * np.eye(len(hessian)))
-    codes, fitted = np.zeros(left.shape, int), {}
-    if act_order:
-        fitted = {g: fit(left[:, g * size : (g + 1) * size], bits, symmetric) for g in range(left.shape[1] // size)}
+    size = left.shape[1] // options.grid.groups(left.shape[1])
+    hessian = x.T @ x
+    dead = np.diag(hessian) == 0
+    hessian[dead, dead] = 1
+    left[:, dead] = 0
+    left *= kept
+    tensor_scale = np.abs(left).max() / 6 / 448
+    order = np.argsort(-np.diag(hessian), kind="stable") if options.act_order else np.arange(len(hessian))
+    inverse = np.linalg.inv(hessian + options.damp * np.diag(hessian).mean() * np.eye(len(hessian)))
+    rounded, fitted = np.zeros(left.shape), {}
+    if options.act_order:
+        whole = range(left.shape[1] // size)
+        fitted = {g: fit(left[:, g * size : (g + 1) * size], options, tensor_scale) for g in whole}
     for column in order:
         group = column // size
         if group not in fitted:
-            fitted[group] = fit((left * kept)[:, column : column + size], bits, symmetric)
-        scale, zero = fitted[group]
-        code = np.clip(np.round(left[:, column] / scale) + zero, 0, 2**bits - 1)
-        codes[:, column] = np.where(kept[:, column], code, zero)
-        error = left[:, column] - (codes[:, column] - zero) * scale
+            fitted[group] = fit((left * kept)[:, column : column + size], options, tensor_scale)
+        rounded[:, column] = on_grid(left[:, column], options, *fitted[group]) * kept[:, column]
+        error = left[:, column] - rounded[:, column]
         left -= np.outer(error, inverse[column]) / inverse[column, column]
         inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-    return codes
+    return rounded
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("bits, size, symmetric", GRIDS)
-def test_the_codes_are_those_of_the_full_update(bits, size, symmetric, seed):
-    weight, inputs = draw(seed=seed)
-    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) > 0.4
-    settings = {"bits": bits, "group_size": size, "symmetric": symmetric, "block_size": 32}
-    expected = brute_force(weight, inputs, bits, size, symmetric)
-    assert np.array_equal(solve(weight, inputs, **settings).codes.numpy(), expected)
-    expected = brute_force(weight, inputs, bits, size, symmetric, act_order=True)
-    assert np.array_equal(solve(weight, inputs, act_order=True, **settings).codes.numpy(), expected)
-    pruned = weight * mask
-    expected = brute_force(pruned, inputs, bits, size, symmetric, mask=mask)
-    assert np.array_equal(solve(pruned, inputs, mask, **settings).codes.numpy(), expected)
+def assert_close(solved, expected):
+    """The same numbers of the grid: what is left is fp32 against float64."""
+    np.testing.assert_allclose(solved.dequantize().numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", (None, 64, 32))
-def test_the_size_of_a_block_does_not_matter(size):
-    weight, inputs = draw(columns=256, tokens=600)
-    codes = [solve(weight, inputs, group_size=size, block_size=block).codes for block in (32, 64, 128, 256)]
-    assert all(torch.equal(codes[0], other) for other in codes[1:])
+@pytest.mark.parametrize("grid", INT_GRIDS + FLOAT_GRIDS, ids=str)
+def test_the_result_is_that_of_the_full_update(grid):
+    weight, inputs = draw(columns=96)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    for settings in ({}, {"act_order": True}, {"damp": 0.2}):
+        assert_close(solve(weight, inputs, **grid, **settings), brute_force(weight, inputs, **grid, **settings))
+        pruned = solve(weight * mask, inputs, mask, **grid, **settings)
+        assert_close(pruned, brute_force(weight * mask, inputs, mask, **grid, **settings))
+        assert pruned.dequantize()[~mask].abs().max() == 0
+
+
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 3),
+    size=st.sampled_from([None, 32, 64, 128]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    seed=st.integers(0, 99),
+)
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+def test_the_result_is_that_of_the_full_update_for_any_shape(rows, columns, size, bits, flags, seed):
+    symmetric, act_order, masked = flags
+    columns = columns * size if size else 33 * columns - 32
+    weight, inputs = draw(rows, columns, 2 * columns + 8, seed)
+    inputs[:, seed % columns] = 0  # a dead column
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) > 0.3 if masked else None
+    weight = weight if mask is None else weight * mask
+    settings = {"bits": bits, "group_size": size, "symmetric": symmetric, "act_order": act_order}
+    assert_close(solve(weight, inputs, mask, **settings), brute_force(weight, inputs, mask, **settings))
 
 
 def test_without_correlations_there_is_nothing_to_make_up_for():
@@ -103,29 +159,39 @@ def test_without_correlations_there_is_nothing_to_make_up_for():
     assert torch.equal(solve(weight, torch.eye(64), bits=3, group_size=32).codes, rounded.codes)
 
 
-def test_the_statistic_is_the_mean_over_all_tokens_however_they_come():
-    _, inputs = draw(tokens=300)
-    options = gptq.Options()
-    statistic = gptq.Statistic(64, options)
-    for part in inputs.bfloat16().split((1, 100, 199)):
-        statistic.feed(part)
+@pytest.mark.parametrize("width", (64, 300))
+def test_the_statistic_is_the_sum_over_all_tokens_however_they_come(width):
+    _, inputs = draw(columns=width, tokens=300)
     exact = inputs.bfloat16().double()
-    torch.testing.assert_close(statistic.hessian.double(), 2 / 300 * exact.T @ exact, rtol=1e-5, atol=1e-5)
-    first = statistic.factor(0.01)
-    assert statistic.factor(0.01) is first and statistic.factor(0.1) is not first
-    statistic.feed(inputs)
-    assert statistic.factor(0.01) is not first
-    statistic.free()
-    assert statistic.hessian is None
+    for batch in (inputs.bfloat16(), inputs.bfloat16().float()):
+        before = torch.backends.mkldnn.matmul.fp32_precision
+        statistic = gptq.Statistic(width, gptq.Options())
+        for part in batch.split((1, 100, 199)):
+            statistic.feed(part)
+        assert torch.backends.mkldnn.matmul.fp32_precision == before
+        first = statistic.factor(0.01)
+        torch.testing.assert_close(statistic.hessian.double(), exact.T @ exact, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(first.energy.double(), (exact**2).sum(0), rtol=1e-5, atol=0)
+        assert statistic.factor(0.01) is first and statistic.factor(0.1) is not first
+        statistic.feed(batch)
+        assert statistic.factor(0.01) is not first
+        statistic.free()
+        assert statistic.hessian is None and not statistic.notes
 
 
-def test_the_factor_is_that_of_the_inverse():
-    _, inputs = draw()
-    hessian = fed(inputs, None).hessian
-    upper = gptq.factorize(hessian, 0.05).upper.double()
-    damped = hessian.double() + 0.05 * hessian.double().diagonal().mean() * torch.eye(64)
-    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(64, dtype=torch.float64), rtol=0, atol=1e-4)
-    assert torch.equal(upper, upper.triu())
+@pytest.mark.parametrize("act_order", (False, True))
+def test_the_factor_is_that_of_the_damped_hessian(act_order):
+    _, inputs = draw(tokens=600)
+    hessian = inputs.T @ inputs
+    factor = gptq.factorize(hessian, 0.05, act_order)
+    order = torch.arange(64) if factor.order is None else factor.order
+    damped = (hessian.double() + 0.05 * hessian.double().diagonal().mean() * torch.eye(64))[order][:, order]
+    upper = factor.upper.double()
+    assert torch.equal(upper, upper.triu()) and (upper.diagonal() == 1).all()
+    # U D U^T = H with D diagonal, so U^-1 H U^-T has nothing beside its diagonal.
+    middle = torch.linalg.inv(upper) @ damped @ torch.linalg.inv(upper).T
+    torch.testing.assert_close(middle, middle.diagonal().diag(), rtol=0, atol=1e-4 * middle.diagonal().max().item())
+    assert factor.damp == 0.05 and not factor.dead.any()
 
 
 def test_columns_that_never_get_an_input_are_zero_and_hurt_no_other():
@@ -135,14 +201,17 @@ def test_columns_that_never_get_an_input_are_zero_and_hurt_no_other():
     for act_order in (False, True):
         solved = solve(weight, inputs, bits=3, group_size=32, act_order=act_order)
         assert solved.dequantize()[:, dead].abs().max() == 0 and solved.dequantize().isfinite().all()
-        nearest = rtn.solve(weight, rtn.Options(3, 32))
-        assert output_error(solved, weight, inputs) < output_error(nearest, weight, inputs)
+        rounded = rtn.solve(weight, rtn.Options(3, 32))
+        assert output_error(solved, weight, inputs) < output_error(rounded, weight, inputs)
     assert solve(weight, torch.zeros(5, 64), group_size=32).dequantize().abs().max() == 0
 
 
-def test_a_singular_hessian_gets_more_damping():
+def test_a_singular_hessian_gets_more_damping_and_the_record_hears_of_it():
     weight, inputs = draw(tokens=5)
-    solved = solve(weight, inputs, damp=0.0, group_size=32)
+    inputs[:, 9] = 0
+    statistic, options = fed(inputs), gptq.Options(damp=0.0, group_size=32)
+    solved = gptq.solve(weight, options, statistic=statistic)
+    assert statistic.notes["damp"] in (1e-3, 1e-2, 1e-1) and statistic.notes["dead"] == 1
     assert solved.dequantize().isfinite().all()
     assert output_error(solved, weight, inputs) < output_error(rtn.solve(weight, rtn.Options(4, 32)), weight, inputs)
 
@@ -206,6 +275,25 @@ def test_real_layers_come_out_in_the_order_of_theory(errors):
             assert four < three < two, f"{path}: bits, groups of {size}"
 
 
+FLOATS_AND_RANGES = [*FLOAT_GRIDS[1:], {"bits": 2}, {"bits": 2, "clip": "mse"}, {"bits": 2, "clip": "activations"}]
+
+
+@pytest.mark.parametrize("act_order", (False, True))
+def test_on_real_layers_it_beats_rounding_on_every_grid_and_a_searched_range_helps(reference_linears, act_order):
+    totals = dict.fromkeys(map(str, FLOATS_AND_RANGES), 0.0)
+    for path, weight, inputs in reference_linears[act_order::7]:
+        statistic = fed(inputs)
+        for settings in FLOATS_AND_RANGES:
+            options = gptq.Options(**settings, act_order=act_order)
+            solved = gptq.solve(weight, options, None, statistic)
+            ranges = clip.fit(weight, options.grid, options.clip, statistic.factor(0.01, act_order).energy)
+            error = output_error(solved, weight, inputs)
+            assert error < output_error(round_to_grid(weight, options.grid, *ranges), weight, inputs), (path, settings)
+            totals[str(settings)] += error / (inputs.double() @ weight.double().T).norm().item()
+    plain, squared, weighted = list(totals.values())[-3:]
+    assert squared < plain and weighted < plain
+
+
 def test_a_mask_on_real_layers_is_kept_and_made_up_for(reference_linears):
     for path, weight, inputs in reference_linears[::6]:
         mask = weight.abs() >= weight.float().abs().median()
@@ -231,7 +319,7 @@ def test_a_model_is_compressed_and_its_zeros_stay(model_folder, tmp_path, pruned
                 put_pruned(linear, PrunedWeight(linear.weight.detach().clone(), mask))
                 masks[f"model.layers.{index}.{name}"] = mask_of(linear)
     state = torch.get_rng_state()
-    recipe = [{"pass": "gptq", "bits": 4, "group_size": 32}]
+    recipe = [{"pass": "gptq", "bits": 4, "group_size": 32, "true_sequential": pruned}]
     result = compress(subject, recipe, Calibration(text=str(text), samples=4, length=32))
     packed = packed_layers(result.model)
     assert len(packed) == 14 and torch.equal(torch.get_rng_state(), state)
