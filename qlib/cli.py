@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, NoReturn, Sequence
 
 from qlib.errors import UserError, nearest
+from qlib.export.command import add_command as add_export
 from qlib.params import TIERS, Strategy, check_notebook, load_strategies, override, schema
 from qlib.paths import find_root, write_atomic
 from qlib.runs.lessons import find_lessons, taught
+from qlib.tools.command import add_command
 from qlib.yamltext import parse_assignments
 
 __all__ = ["main"]
@@ -28,6 +30,9 @@ EXAMPLES = """examples:
   qlib list --why                               what is out of date, and since which change
   qlib show rtn-int4 --json                     all figures of one strategy
   qlib report --output my.html                  render what there is
+  qlib export gptq-int4 --format compressed_tensors --output my-folder
+                                                its model as transformers and vLLM load it (gguf: llama.cpp)
+  qlib tools install gptqmodel auto-round       outside tools to compare with, each in its own environment
 
 exit codes: 0 ok, 1 a strategy failed, 2 bad input, 130 interrupted (the same command goes on from there)"""
 #: A run of nobody's interest any more should not hold the machine for days.
@@ -77,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--model", type=_folder, help="its record on another model")
     show.add_argument("--json", action="store_true", help="the whole record, with the figures of its shape")
 
+    add_export(commands, epilog=EXAMPLES, **style)
     command("publish", "copy finished records and the report to reports/published/", _publish)
+    add_command(commands, epilog=EXAMPLES, **style)
     command("schema", "write params/schema.json, from which editors complete strategy files", _schema)
     return parser
 

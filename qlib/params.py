@@ -13,7 +13,8 @@ from qlib.yamltext import read_yaml, shown
 
 __all__ = [
     "Strategy", "Title", "Calibration", "Evaluation", "Training", "FAMILIES", "TIERS", "WITHOUT_RECIPE",
-    "load_strategy", "load_strategies", "check_notebook", "from_dict", "to_dict", "override", "expectation", "schema",
+    "TOOL", "tool_of", "load_strategy", "load_strategies", "check_notebook", "from_dict", "to_dict", "override",
+    "expectation", "schema",
 ]  # fmt: skip
 
 FAMILIES = (
@@ -27,6 +28,8 @@ WITH_FORMATS = ("speed", "training")
 #: What the family "training" may name as formats.
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 TIERS = ("smoke", "core", "full")
+#: The pass that an outside tool does, and the family of strategies that consist of it.
+TOOL = "tool"
 NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
 
 
@@ -141,6 +144,11 @@ class Strategy:
     training: Training = Training()
 
 
+def tool_of(strategy: Strategy) -> str | None:
+    """The outside tool in whose environment a strategy runs, None for this one."""
+    return next((step["name"] for step in strategy.recipe if step["pass"] == TOOL), None)
+
+
 def load_strategy(path: Path | str, root: Path | None = None) -> Strategy:
     """Read and check one strategy file.
 
@@ -224,6 +232,11 @@ def _check_family(strategy: Strategy) -> list[str]:
         problems.append(f"notebook: '{strategy.notebook}' is not allowed; allowed: the name of a file in notebooks/")
     if not strategy.recipe and family not in WITHOUT_RECIPE:
         problems.append(f"recipe: is empty; allowed for family {family}: at least one pass, e.g. [{{pass: rtn}}]")
+    used = [step["pass"] for step in strategy.recipe]
+    if family == TOOL and used and used != [TOOL]:
+        problems.append(f"recipe: {', '.join(used)} is not allowed for family {TOOL}; allowed: {{pass: {TOOL}}} alone")
+    if family != TOOL and TOOL in used:
+        problems.append(f"recipe: pass {TOOL} is not allowed for family {family}; allowed for family {TOOL} only")
     if strategy.recipe and family in WITHOUT_RECIPE:
         problems.append(f"recipe: is not empty; family {family} changes no weights")
     if bool(strategy.formats) != (family in WITH_FORMATS):

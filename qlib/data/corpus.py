@@ -1,6 +1,7 @@
 """The reference corpus: Python source of lock-pinned packages, listed file by file in a committed manifest."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -40,9 +41,11 @@ class Document:
 
 @lru_cache(maxsize=None)
 def _distribution(package: str) -> metadata.Distribution:
+    """An installed package; where $QLIB_CORPUS names another environment's packages (for tools), one of those."""
+    where = {"path": os.environ["QLIB_CORPUS"].split(os.pathsep)} if os.environ.get("QLIB_CORPUS") else {}
     try:
-        return metadata.distribution(package)
-    except metadata.PackageNotFoundError:
+        return next(iter(metadata.distributions(name=package, **where)))
+    except StopIteration:
         raise UserError(
             f"corpus: package '{package}' is not installed; install requirements.lock (`make env`)"
         ) from None
@@ -90,7 +93,7 @@ def read_entry(entry: Entry, manifest: Path = MANIFEST) -> Document:
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != digest:
         raise UserError(
-            f"corpus: {path} of {package} {metadata.version(package)} differs from the manifest "
+            f"corpus: {path} of {package} {_distribution(package).version} differs from the manifest "
             f"{manifest.name}; install the versions of requirements.lock (`make env`)"
         )
     return Document(path, data.decode("utf-8"))

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import sysconfig
 import threading
 import time
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from qlib.errors import UserError
-from qlib.params import Strategy, to_dict
+from qlib.params import Strategy, to_dict, tool_of
 from qlib.paths import write_atomic
 from qlib.progress import clock
 from qlib.runs.injection import injected
@@ -23,6 +24,7 @@ from qlib.runs.lessons import is_lesson, result_of
 from qlib.runs.provenance import provenance
 from qlib.runs.state import folder_of, hold, now, read_json, write_status
 from qlib.runs.subject_hash import model_hash
+from qlib.tools.environments import environment_of
 
 __all__ = ["Outcome", "execute", "cause_of"]
 
@@ -84,14 +86,18 @@ def execute(
         kernel = None
         try:
             write_status(folder, "running", **status)
+            tool = tool_of(strategy)
+            python = environment_of(tool, root).python() if tool else None
             work.mkdir()
-            kernel = Kernel(work / ".kernel", root, _environment(work, runs))
+            kernel = Kernel(work / ".kernel", root, _environment(work, runs, bool(tool)), python)
             outcome = _run(strategy, parameters, root, work, kernel, limit, show)
             if outcome.state == "done":
                 record = _complete(strategy, root, work, parts, kernel, status["started"], time.monotonic() - begun)
                 _put_in_place(work, folder, record)
         except KeyboardInterrupt:
             outcome = Outcome("interrupted", "interrupted by the user")
+        except UserError as error:  # the tool is not installed
+            outcome = Outcome("failed", str(error), bad_input=True)
         except (OSError, ValueError) as error:
             outcome = Outcome("failed", cause_of(error))
         finally:
@@ -111,10 +117,16 @@ def execute(
     return outcome
 
 
-def _environment(work: Path, runs: Path) -> dict[str, str]:
-    """The kernel imports the package whose sources are in the key, wherever it is started."""
+def _environment(work: Path, runs: Path, elsewhere: bool) -> dict[str, str]:
+    """The kernel imports the package whose sources are in the key, wherever it is started.
+
+    Args:
+        elsewhere: it runs in a tool's environment, which lacks the packages whose text is the corpus: it reads ours.
+    """
     path = os.pathsep.join(filter(None, [str(SOURCE.parent), os.environ.get("PYTHONPATH")]))
-    return {"QLIB_RUN_DIR": str(work), "QLIB_CACHE": str(runs / "cache"), "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
+    corpus = {"QLIB_CORPUS": os.pathsep.join(dict.fromkeys(map(sysconfig.get_path, ("purelib", "platlib"))))}
+    names = {"QLIB_RUN_DIR": str(work), "QLIB_CACHE": str(runs / "cache"), "PYTHONPATH": path, "PYTHONHASHSEED": "0"}
+    return names | (corpus if elsewhere else {})
 
 
 def _run(strategy, parameters, root, work, kernel, limit, show) -> Outcome:
@@ -233,12 +245,13 @@ def _complete(strategy, root, work, parts, kernel, started: str, seconds: float)
         raise ValueError("the result is not of this strategy: the notebook changed its parameters")
     if str(parts["model"]).startswith("hub "):  # the first run is what fetches it
         parts = parts | {"model": model_hash(strategy.model, root)}
+    packages = result.get("details", {}).get("tool", {}).get("versions")
     return result | {
         "key": key_of(parts),
         "key_parts": parts,
         "duration_seconds": round(seconds, 3),
         "peak_memory_bytes": {"value": kernel.peak_bytes, "method": MEMORY_METHOD},
-        "provenance": provenance(strategy.seed, started, now()),
+        "provenance": provenance(strategy.seed, started, now()) | ({"packages": packages} if packages else {}),
     }
 
 

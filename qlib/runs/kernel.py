@@ -1,4 +1,4 @@
-"""The kernel of one run: started with this interpreter and a private environment, watched and ended from outside."""
+"""The kernel of one run: started with one interpreter and a private environment, watched and ended from outside."""
 
 import os
 import signal
@@ -18,11 +18,13 @@ class Kernel:
         folder: for connection file, history and log; removed by the caller.
         cwd: working directory of the notebook.
         environment: variables on top of the runner's.
+        python: the interpreter; None: this one. Strategies of an outside tool run with that of the tool.
     """
 
-    def __init__(self, folder: Path, cwd: Path, environment: dict[str, str]):
+    def __init__(self, folder: Path, cwd: Path, environment: dict[str, str], python: Path | None = None):
         self.folder, self.cwd = folder, cwd
         self.environment = os.environ | {"IPYTHONDIR": str(folder), "PYDEVD_DISABLE_FILE_VALIDATION": "1"} | environment
+        self.python = str(python or sys.executable)
         self.process: Any = None
         self.peak_bytes = 0
         self._ended = False
@@ -34,7 +36,7 @@ class Kernel:
         return self.folder / "kernel.log"
 
     def manager_class(self) -> type:
-        """A kernel manager for papermill; the kernel is that of this interpreter, whatever the notebook names."""
+        """A kernel manager for papermill; the kernel is that of the interpreter, whatever the notebook names."""
         from jupyter_client.kernelspec import KernelSpec
         from jupyter_client.manager import AsyncKernelManager
 
@@ -44,7 +46,7 @@ class Kernel:
             def __init__(self, **kwargs: Any):
                 super().__init__(**kwargs)
                 self.connection_file = str(kernel.folder / f"kernel-{os.urandom(4).hex()}.json")
-                argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+                argv = [kernel.python, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
                 self._kernel_spec = KernelSpec(argv=argv, display_name="Python 3", language="python")
 
             async def start_kernel(self, **kwargs: Any) -> None:

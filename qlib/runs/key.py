@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from qlib.errors import UserError
-from qlib.params import Strategy, pass_modules, to_dict
+from qlib.params import Strategy, pass_modules, to_dict, tool_of
+from qlib.quantize.tool import adapter_of
 from qlib.runs.imports import reach
 from qlib.runs.lessons import is_lesson
 from qlib.runs.provenance import device_class, version_of
 from qlib.runs.subject_hash import data_hash, model_hash
+from qlib.tools.environments import environment_of
 
 __all__ = ["key_parts", "key_of", "differences", "code_cells", "SOURCE"]
 
@@ -35,18 +37,27 @@ def key_parts(strategy: Strategy, root: Path, source: Path = SOURCE) -> dict[str
     code, passes = "\n".join(cells), pass_modules()
     try:
         named = _named(code) & passes.keys() if is_lesson(strategy) else {step["pass"] for step in strategy.recipe}
-        reached = reach([passes[name] for name in sorted(named)], code, source)
+        tool = tool_of(strategy)
+        modules = [passes[name] for name in sorted(named)] + ([adapter_of(tool)] if tool else [])
+        reached = reach(modules, code, source)
     except SyntaxError as error:
         raise UserError(f"{error.filename or notebook.name}: is not plain Python: {error.msg}: {error.text}") from None
     return {
         "notebook": _digest(cells),
         "parameters": {name: value for name, value in to_dict(strategy).items() if name not in NAMES_ONLY},
         "sources": dict(sorted(reached.sources.items())),
-        "packages": {name: version_of(name) for name in sorted(reached.packages)},
+        "packages": _packages(tool, reached.packages, root),
         "model": strategy.model if strategy.family == "speed" else model_hash(strategy.model, root),
         "data": {} if strategy.family == "speed" else _texts(strategy, root),
         "device": device_class(),
     }
+
+
+def _packages(tool: str | None, packages: set[str], root: Path) -> dict[str, str | None]:
+    """Versions of what is imported; in a tool's environment those that its lock fixes, all of them."""
+    if tool:
+        return {f"params/tools/{tool}.lock": environment_of(tool, root).lock_hash()}
+    return {name: version_of(name) for name in sorted(packages)}
 
 
 def _named(code: str) -> set[str]:

@@ -1,0 +1,104 @@
+"""What the adapters have in common. An adapter runs in its tool's environment and is one function:
+
+``quantize(folder, ids, options) -> Quantized``, with the folder of a Hugging Face model, calibration token ids int64
+`[samples, length]` that are the same for all tools, and the options of the pass `qlib.quantize.tool`.
+"""
+
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Mapping
+
+import torch
+from torch import nn
+
+from qlib.errors import UserError
+from qlib.quantize.tool import ADAPTERS, Options
+from qlib.runs.provenance import version_of
+
+__all__ = ["Quantized", "bits_per_weight", "load_model", "on_grid", "put_weights", "refuse", "versions"]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a tool made of a model.
+
+    Attributes:
+        weights: name of each quantized linear -> the fp32 values `[out, in]` that its stored format stands for.
+        seconds: of the quantization step alone: without imports, loading, packing and saving.
+        bits_per_weight: of these linears, with scales and zeros in the tool's format.
+        settings: what the tool was told, and what it has by default and decides the result.
+    """
+
+    weights: dict[str, torch.Tensor]
+    seconds: float
+    bits_per_weight: float
+    settings: dict[str, Any]
+
+
+def refuse(options: Options, *names: str) -> None:
+    """Refuse settings that a tool does not have.
+
+    Raises:
+        UserError: one of the options `names` is given.
+    """
+    for name in names:
+        if getattr(options, name) is not None:
+            raise UserError(f"{name}: is not supported by {options.name}; leave it out")
+
+
+def load_model(folder: Any) -> nn.Module:
+    """The model in the dtype of its checkpoint, as the tools' own loaders have it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True).eval()
+
+
+def on_grid(
+    weight: torch.Tensor, scales: torch.Tensor, index: torch.Tensor | None = None, stored: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The exact fp32 values of a weight that a tool has put on its grid and then kept in a coarser dtype.
+
+    Zeros do not matter: each value is a whole multiple of its scale.
+
+    Args:
+        weight: `[out, in]`. scales: `[out, groups]`, with which the codes were computed.
+        index: group of each column `[in]`; None: equal groups in order.
+        stored: the scales as they are written to disk, if they are rounded for that.
+    """
+    if index is None:
+        index = torch.arange(weight.shape[1]) // (weight.shape[1] // scales.shape[1])
+    codes = (weight.float() / scales.float()[:, index]).round()
+    return codes * (scales if stored is None else stored).float()[:, index]
+
+
+def bits_per_weight(
+    weights: Mapping[str, torch.Tensor], options: Options, zeros: bool = True, index: bool = False
+) -> float:
+    """Codes, 16-bit scales, zeros as wide as codes, and with `index` the 32-bit group of each column, per weight."""
+    total = sum(weight.numel() for weight in weights.values())
+    stored = 0
+    for rows, columns in (weight.shape for weight in weights.values()):
+        groups = columns // (options.group_size or columns)
+        stored += options.bits * rows * columns + (16 + options.bits * zeros) * rows * groups + 32 * columns * index
+    return stored / total
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Replace the weights of linears, in place; the scorer computes in fp32, so they stay what they are.
+
+    Raises:
+        UserError: a linear is not in the model, or has another shape.
+    """
+    modules = dict(model.named_modules())
+    for name, weight in weights.items():
+        if name not in modules or modules[name].weight.shape != weight.shape:
+            raise UserError(f"weights: '{name}' {list(weight.shape)} has no place in this model")
+        device = modules[name].weight.device
+        modules[name].weight = nn.Parameter(weight.float().to(device), requires_grad=False)
+
+
+def versions(name: str) -> dict[str, str]:
+    """Versions of the tool and of what computes for it, by distribution."""
+    package = next(iter(metadata.packages_distributions().get(ADAPTERS[name], [name])))
+    found = {one: version_of(one) for one in (package, "torch", "transformers", "tokenizers", "numpy")}
+    return {one: version for one, version in found.items() if version}

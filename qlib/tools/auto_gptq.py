@@ -1,0 +1,73 @@
+"""auto-gptq, the tool the article names: its last release, whole, on a machine without a GPU."""
+
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import auto_gptq.modeling._base as base
+import torch
+from auto_gptq import BaseQuantizeConfig
+from auto_gptq.modeling._const import SUPPORTED_MODELS
+from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
+
+from qlib.errors import UserError
+from qlib.quantize.tool import Options
+from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid, refuse
+
+__all__ = ["quantize"]
+
+
+def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
+    """See `qlib.tools.adapter`. Static groups go with activation order, so that groups stay in order."""
+    refuse(options, "iterations")
+    order = bool(options.act_order)
+    config = BaseQuantizeConfig(
+        bits=options.bits,
+        group_size=options.group_size or -1,
+        sym=options.symmetric,
+        desc_act=order,
+        static_groups=order,
+        **({} if options.damp is None else {"damp_percent": options.damp}),
+    )
+    network = load_model(folder)
+    if network.config.model_type not in SUPPORTED_MODELS:
+        raise UserError(f"model: {network.config.model_type} is not supported by auto-gptq")
+    if network.config.pad_token_id is None:
+        network.config.pad_token_id = network.config.eos_token_id or 0
+    for layer in network.model.layers:
+        layer.forward = _in_tuple(layer.forward)
+    torch.nn.Module.attention_type = "full_attention"  # later transformers ask it of what stands in for the first block
+    model = GPTQ_CAUSAL_LM_MODEL_MAP[network.config.model_type](network, False, config)
+    kept = _without_cuda()
+    rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids]
+    begun = time.perf_counter()
+    model.quantize(rows, batch_size=1, cache_examples_on_gpu=False)
+    seconds = time.perf_counter() - begun
+    modules = dict(network.named_modules())
+    weights = {
+        name: on_grid(modules[name].weight, scale.float(), index.long(), stored=scale.half())
+        for name, (_, scale, _, index) in kept.items()
+    }
+    size = bits_per_weight(weights, options)
+    used = {name: getattr(config, name) for name in ("damp_percent", "desc_act", "static_groups", "true_sequential")}
+    return Quantized(weights, seconds, size, used | {"batch_size": 1})
+
+
+def _in_tuple(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """auto-gptq takes the first of what a block returns; blocks of later transformers return one tensor."""
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        found = forward(*arguments, **named)
+        return (found,) if isinstance(found, torch.Tensor) else found
+
+    return wrapped
+
+
+def _without_cuda() -> dict[str, tuple]:
+    """Let it compute on the CPU, and catch what it would pack: name -> quantizer, scales, zeros, groups of columns."""
+    base.CUDA_0 = torch.device("cpu")
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = lambda device=None: None
+    kept: dict[str, tuple] = {}
+    base.pack_model = lambda model=None, quantizers=None, **_: kept.update(quantizers)
+    return kept

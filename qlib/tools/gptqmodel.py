@@ -1,0 +1,57 @@
+"""gptqmodel, what auto-gptq became."""
+
+import os
+import tempfile
+import time
+from contextlib import chdir
+from pathlib import Path
+
+import torch
+
+from qlib.quantize.tool import Options
+from qlib.tools.adapter import Quantized, bits_per_weight, refuse
+
+# It asks for two workers even where there is one core, and refuses to be imported if it does not get them.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
+
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # noqa: E402
+
+__all__ = ["quantize"]
+
+
+def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
+    """See `qlib.tools.adapter`. It packs while it goes on; the time it says it packed for is left out."""
+    refuse(options, "iterations")
+    asked = {"damp_percent": options.damp, "desc_act": options.act_order}
+    asked |= {} if options.group_size else {"act_group_aware": False}  # its default needs groups
+    config = QuantizeConfig(
+        bits=options.bits,
+        group_size=options.group_size or -1,
+        sym=options.symmetric,
+        format="gptq_v2",  # the same numbers; its first version stores zeros less one
+        offload_to_disk=False,
+        **{name: value for name, value in asked.items() if value is not None},
+    )
+    rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids]
+    folder = Path(folder).resolve()
+    with tempfile.TemporaryDirectory() as elsewhere, chdir(elsewhere):  # it writes logs where it stands
+        model = GPTQModel.load(str(folder), config, device="cpu")
+        begun = time.perf_counter()
+        model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
+        seconds = time.perf_counter() - begun
+    weights, packing = {}, _packing_seconds(model)
+    for name, layer in model.model.named_modules():
+        if hasattr(layer, "qweight"):
+            layer.scales = layer.scales.float()  # so that nothing is rounded once more
+            weights[name] = layer.dequantize_weight().T.contiguous()
+    used = {name: getattr(config, name, None) for name in ("desc_act", "act_group_aware", "damp_percent", "mse")}
+    used |= {"true_sequential": config.true_sequential, "batch_size": 1, "packing_seconds": packing}
+    size = bits_per_weight(weights, options, index=bool(config.desc_act))
+    return Quantized(weights, seconds - packing, size, used)
+
+
+def _packing_seconds(model: GPTQModel) -> float:
+    """What its own timer says that packing took; 0 where it keeps none."""
+    timer = getattr(model, "quant_region_timer", None)
+    regions = timer.snapshot() if timer is not None else {}
+    return float(regions.get("submodule_finalize_pack", {}).get("total", 0.0))

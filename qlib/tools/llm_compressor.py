@@ -1,0 +1,61 @@
+"""llm-compressor: its GPTQ, for the format compressed-tensors that vLLM loads."""
+
+import tempfile
+import time
+from contextlib import chdir
+from pathlib import Path
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+
+from qlib.quantize.tool import Options
+from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid, refuse
+
+__all__ = ["quantize"]
+
+
+def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
+    """See `qlib.tools.adapter`. The time is that of its one-shot call, which packs nothing."""
+    refuse(options, "iterations")
+    numbers = QuantizationArgs(
+        num_bits=options.bits,
+        type="int",
+        symmetric=options.symmetric,
+        strategy="group" if options.group_size else "channel",
+        group_size=options.group_size,
+    )
+    asked = {} if options.damp is None else {"dampening_frac": options.damp}
+    if options.act_order is not None:
+        asked["actorder"] = "static" if options.act_order else None
+    modifier = GPTQModifier(
+        config_groups={"linears": QuantizationScheme(targets=["Linear"], weights=numbers)},
+        ignore=["lm_head"],
+        **asked,
+    )
+    rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    folder = Path(folder).resolve()
+    model = load_model(folder)
+    with tempfile.TemporaryDirectory() as elsewhere, chdir(elsewhere):  # it writes logs where it stands
+        begun = time.perf_counter()
+        oneshot(
+            model=model,
+            processor=str(folder),
+            dataset=rows,
+            recipe=[modifier],
+            max_seq_length=ids.shape[1],
+            num_calibration_samples=len(ids),
+            shuffle_calibration_samples=False,
+        )
+        seconds = time.perf_counter() - begun
+    weights = {
+        name: on_grid(layer.weight.detach(), layer.weight_scale.detach(), getattr(layer, "weight_g_idx", None))
+        for name, layer in model.named_modules()
+        if getattr(layer, "weight_scale", None) is not None
+    }
+    used = {"dampening_frac": modifier.dampening_frac, "block_size": modifier.block_size}
+    used |= {"actorder": getattr(numbers.actorder, "value", numbers.actorder), "observer": str(numbers.observer)}
+    size = bits_per_weight(weights, options, zeros=not options.symmetric)
+    return Quantized(weights, seconds, size, used)
