@@ -4,12 +4,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # Passed to pip, e.g. PIP_ARGS="--find-links wheels" for a CPU build of torch that lies in the folder wheels.
 PIP_ARGS ?=
+# Passed to `qlib bench`.
+ARGS ?=
 QLIB = $(VENV)/bin/python -m qlib
 # What the environment was installed from. It is compared by content: a fresh checkout changes all times.
 SOURCES = requirements.lock pyproject.toml
 STAMP = $(VENV)/.installed
 
-.PHONY: help env report report-full test smoke clean
+.PHONY: help env report report-full test smoke bench clean
 .NOTPARALLEL:
 
 help: ## list the commands
@@ -45,6 +47,9 @@ test: env ## run the tests
 
 smoke: env ## run the smallest strategies into reports/smoke/, in a few minutes
 	@$(call run_and_report,smoke,--runs reports/smoke/runs,--output reports/smoke/index.html); exit $$code
+
+bench: env ## measure speed and quality side by side with outside tools, alone on the machine; ARGS="--only gptq"
+	@$(QLIB) bench $(ARGS)
 
 clean: ## remove runs and rendered pages, but not the environment and reports/published/
 	rm -rf reports/runs reports/smoke reports/notebooks reports/index.html

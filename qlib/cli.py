@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Sequence
 
+from qlib.bench.command import add_command as add_bench
 from qlib.errors import UserError, nearest
 from qlib.export.command import add_command as add_export
 from qlib.params import TIERS, Strategy, check_notebook, load_strategies, override, schema
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export(commands, epilog=EXAMPLES, **style)
     command("publish", "copy finished records and the report to reports/published/", _publish)
     add_command(commands, epilog=EXAMPLES, **style)
+    add_bench(commands, epilog=EXAMPLES, **style)
     command("schema", "write params/schema.json, from which editors complete strategy files", _schema)
     return parser
 

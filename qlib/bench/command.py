@@ -1,16 +1,34 @@
 """`qlib bench`: run the benchmarks one after the other, alone on the machine, and write `reports/bench.json`."""
 
+import argparse
 import json
 import time
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 from qlib.errors import UserError, nearest
 from qlib.paths import write_atomic
 
-__all__ = ["benchmarks", "run_benchmarks", "rows_text"]
+__all__ = ["add_command", "benchmarks", "run_benchmarks", "rows_text"]
+
+SUMMARY = "measure speed and quality side by side with the outside tools that are installed"
+
+
+def add_command(commands: Any, **style: Any) -> None:
+    """Add `bench` to the subcommands of `qlib`."""
+    about = "\n".join(f"  {name:<12}{what}" for name, what in benchmarks().items())
+    parser = commands.add_parser("bench", help=SUMMARY, description=f"{SUMMARY}\n\n{about}", **style)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="some benchmarks; other rows stay")
+    parser.add_argument("--limit", type=float, default=3600, metavar="SECONDS", help="start no other one after (default: an hour)")
+    parser.add_argument("--output", metavar="FILE", help="default: reports/bench.json")
+    parser.set_defaults(action=_bench, runs=None)
+
+
+def _bench(options: argparse.Namespace, root: Path) -> int:
+    target = Path(options.output).resolve() if options.output else root / "reports" / "bench.json"
+    return run_benchmarks(options.only, target, options.limit, root)
 
 
 def benchmarks() -> dict[str, str]:
