@@ -9,12 +9,14 @@ from torch import nn
 from qlib.evaluate.fastest import PlainLinear
 from qlib.evaluate.footprint import BF16, Format, grid_of, linear_formats, narrowed_shape, some_format
 from qlib.layers import PackedLinear, pack, resident_bytes
+from qlib.layers.decode import Cache, rotary_tables, run_block
+from qlib.layers.embedding import PackedEmbedding, tied_head
 from qlib.models.shapes import Shape, layer_config
 from qlib.quantize.grid import CompressedWeight, Grid, fit_grid, round_to_grid
 
 __all__ = [
-    "Workload", "random_tensor", "build_layer", "build_head", "add_copies", "layer_bytes", "head_bytes", "kernels",
-    "distinct_linears",
+    "Workload", "random_tensor", "build_layer", "build_head", "build_model", "add_copies", "layer_bytes", "head_bytes",
+    "kernels", "distinct_linears",
 ]  # fmt: skip
 
 #: Random numbers that are really drawn; larger tensors repeat them, since no timing depends on values.
@@ -33,20 +35,16 @@ class Workload:
     ) -> None:
         from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-        self.x = random_tensor((1, tokens, shape.hidden), device, generator, scale=1.0)
-        size = (2, 1, shape.kv_heads, context + tokens, shape.head_dim)
-        self.keys, self.values = random_tensor(size, device, generator, scale=1.0)
-        positions = torch.arange(context, context + tokens, device=device)[None]
-        self.rotary = Qwen2RotaryEmbedding(config=layer_config(shape)).to(device)(self.x, positions)
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a layer asks of its cache: write the new tokens' keys and values into their places, return all."""
-        tokens = keys.shape[2]
-        self.keys[:, :, -tokens:], self.values[:, :, -tokens:] = keys, values
-        return self.keys, self.values
+        self.x = random_tensor((tokens, shape.hidden), device, generator, scale=1.0)
+        self.context, self.cache = context, Cache(shape.kv_heads, context + tokens, shape.head_dim, self.x)
+        self.keys, self.values = self.cache.keys[None], self.cache.values[None]  # [1, kv_heads, tokens, head_dim]
+        for store in (self.keys, self.values):
+            store.copy_(random_tensor(store.shape, device, generator, scale=1.0))
+        tables = rotary_tables(Qwen2RotaryEmbedding(config=layer_config(shape)).to(device), context + tokens, self.x)
+        self.rotary = tuple(table[context:] for table in tables)
 
     def run(self, layer: nn.Module) -> torch.Tensor:
-        return layer(self.x, past_key_values=self, position_embeddings=self.rotary)
+        return run_block(layer, self.x, self.rotary, self.cache, self.context)
 
 
 def random_tensor(
@@ -93,14 +91,13 @@ def _replace(root: nn.Module, name: str, value: nn.Module | nn.Parameter) -> Non
 
 def _round(weight: torch.Tensor, grid: Grid) -> CompressedWeight:
     """Round to nearest, some output channels at a time: they do not depend on each other, and memory stays small."""
-    step, groups = max(1, SLICE // weight.shape[1]), (len(weight), grid.groups(weight.shape[1]))
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    scales, zeros = codes.new_empty(groups, dtype=torch.bfloat16), codes.new_empty(groups)
-    for start in range(0, len(weight), step):
-        part = slice(start, start + step)
-        rounded = round_to_grid(weight[part], grid, *fit_grid(weight[part], grid))
-        codes[part], scales[part], zeros[part] = rounded.codes, rounded.scales, rounded.zeros
-    return CompressedWeight(grid, codes, scales, zeros)
+    parts, factor = [], None
+    for part in weight.split(max(1, SLICE // weight.shape[1])):
+        fit = fit_grid(part, grid, factor)
+        parts.append(round_to_grid(part, grid, *fit))
+        factor = fit.tensor_scale
+    joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales", "zeros"))
+    return CompressedWeight(grid, *joined, factor)
 
 
 class _Head(nn.Module):
@@ -125,7 +122,32 @@ def build_head(shape: Shape, form: type[nn.Module], device: torch.device, genera
     return _Head(norm, [form(random_tensor((count, shape.hidden), device, generator)) for count in rows])
 
 
-def add_copies(layers: list[nn.Module], count: int) -> None:
+def build_model(shape: Shape, format: str, form: type[nn.Module], generator: torch.Generator) -> nn.Module:
+    """A whole causal model of tied embedding and head on the CPU; in formats other than bf16 these two are int8.
+
+    Args:
+        form: how bf16 linears, the head among them, are held; re-ordered ones do not share the embedding's memory.
+    """
+    from transformers import Qwen2ForCausalLM
+
+    config, device = layer_config(shape, shape.layers), torch.device("cpu")
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config).eval()
+    first, _ = build_layer(shape, format, form, device, generator)
+    model.model.layers = nn.ModuleList([first])
+    add_copies(model.model.layers, shape.layers)
+    model.model.norm.weight = nn.Parameter(torch.ones(shape.hidden, dtype=torch.bfloat16), False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its frequencies were on the meta device
+    weight = random_tensor((shape.vocab, shape.hidden), device, generator)
+    if grid_of(format) is None:
+        model.model.embed_tokens.weight, model.lm_head = nn.Parameter(weight, False), form(weight)
+    else:
+        embedding = PackedEmbedding(_round(weight, Grid(8, symmetric=True)))
+        model.model.embed_tokens, model.lm_head = embedding, tied_head(embedding)
+    return model
+
+
+def add_copies(layers: list[nn.Module] | nn.ModuleList, count: int) -> None:
     """Copy the first of `layers` until there are `count`, in place."""
     layers += [copy.deepcopy(layers[0]) for _ in range(count - len(layers))]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from qlib.quantize.grid import CompressedWeight, Grid
 
-__all__ = ["PackedLinear", "channels_at_once", "hold_bits", "SCRATCH_BYTES"]
+__all__ = ["PackedLinear", "channels_at_once", "hold_bits", "round_tokens", "SCRATCH_BYTES"]
 
 #: What a layer may use for weights it has dequantized at one time; they are never kept.
 SCRATCH_BYTES = 8 * 2**20
@@ -16,7 +16,8 @@ class PackedLinear(nn.Module):
     """A linear layer that holds packed codes.
 
     bf16 activations run the kernel that `kernel` names for their number of rows. All others (fp32 for quality, and
-    whatever needs gradients) run the exact path: the dequantized weight in the activations' type, multiplied.
+    whatever needs gradients) run the exact path: the dequantized weight in the activations' type, multiplied. Where the
+    grid rounds activations, both do.
 
     Attributes:
         grid: the number format.
@@ -37,10 +38,13 @@ class PackedLinear(nn.Module):
         """`x [..., in]` -> `[..., out]` in the type of `x`."""
         if x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and x.requires_grad):
             bias = None if self.bias is None else self.bias.to(x.dtype)
+            if self.grid.activations:
+                codes, scales = round_tokens(x.detach())
+                x = x + (codes * scales - x).detach().to(x.dtype)  # gradients pass as if nothing had been rounded
             return F.linear(x, self.compressed().dequantize().to(x.dtype), bias)
-        rows = x.reshape(-1, self.in_features)
-        out = self.multiply(rows) if self.runs_packed(len(rows)) else self.expand_multiply(rows)
-        return out.view(*x.shape[:-1], self.out_features)
+        rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        out = self.multiply(rows) if self.runs_packed(rows.shape[0]) else self.expand_multiply(rows)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
 
     def runs_packed(self, rows: int) -> bool:
         """Whether `rows` rows of activations are multiplied with the codes as they are."""
@@ -69,6 +73,17 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.grid.name}"
+
+
+def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each token of `x [..., in]` to whole numbers of its largest magnitude / 127, ties to even.
+
+    Returns:
+        fp32 codes `[..., in]`, from -127 to 127, and fp32 scales `[..., 1]`.
+    """
+    scales = x.abs().amax(-1, keepdim=True).float() / 127
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    return (x.float() / scales).round(), scales
 
 
 def channels_at_once(in_features: int) -> int:

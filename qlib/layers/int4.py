@@ -1,32 +1,33 @@
-"""4 bits in groups, on torch's packed int4 kernels for CPU and CUDA."""
+"""Up to 4 bits in groups, on our kernel and torch's packed int4 kernels for CPU and CUDA."""
 
 import torch
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.layers import int4_blocks
+from qlib.layers import int4_blocks, native
 from qlib.layers.base import PackedLinear, hold_bits
 from qlib.quantize.grid import CompressedWeight, Grid
 
 __all__ = ["Int4Linear", "GROUPS"]
 
-#: Group sizes both kernels know.
-GROUPS = (32, 64, 128)
+#: Group sizes torch's kernels know, the largest first.
+GROUPS = (128, 64, 32)
 
 MIDDLE = 8
 
 
 class Int4Linear(PackedLinear):
-    """int4 with groups of 32, 64 or 128.
+    """4 bits, and 2 and 3 bits, which are kept as codes of 4 bits because no kernel is faster with less.
 
-    The kernels compute a weight as (code - 8) * scale + zero, scale and zero in bf16, so a zero code becomes
-    (8 - zero code) * scale. Rounding that to bf16 moves a weight by at most 1/64 of a step, and the zero code can be
-    read back from it. The two kernels want the codes in different orders; they are re-packed when the layer moves
-    between CPU and CUDA.
+    The kernels compute a weight as (code - 8) * scale + zero, scale and zero in bf16. Codes are moved so that the
+    middle one becomes 8, and a zero code becomes (middle - zero code) * scale. Rounding that to bf16 moves a weight by
+    at most 1/64 of a step, and the zero code can be read back from it; real zeros cannot, and are kept beside it. The
+    kernels know groups of 32, 64 and 128 input channels: larger groups repeat their scale. Torch's kernels for CPU and
+    CUDA want the codes in different orders; they are re-packed when the layer moves.
     """
 
-    #: Measured on a CPU: from about 65 rows on, dequantizing to bf16 and multiplying is faster than the int4 kernel.
-    packed_rows = 64
+    #: Measured on a CPU: for more rows dequantizing to bf16 and multiplying is faster, with our own kernel, or without.
+    packed_rows, packed_rows_without = 24, 64
 
     def __init__(self, compressed: CompressedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__(compressed.grid, tuple(compressed.codes.shape), bias)
@@ -35,36 +36,57 @@ class Int4Linear(PackedLinear):
     @staticmethod
     def fits(grid: Grid, out_features: int, in_features: int) -> bool:
         """Whether the kernels take a weight of this grid and shape."""
-        return grid.bits == 4 and grid.group_size in GROUPS and out_features % 16 == 0
+        small = grid.element == "int" and grid.bits <= 4 and not grid.activations
+        return small and out_features % 16 == 0 and _kernel_group(grid, in_features) is not None
 
     def _fill(self, compressed: CompressedWeight) -> None:
+        repeat = self.in_features // _kernel_group(self.grid, self.in_features) // compressed.scales.shape[1]
         scales = compressed.scales.t().contiguous()  # [groups, out]
-        zeros = ((MIDDLE - compressed.zeros.t().float()) * scales.float()).bfloat16()
-        if not torch.equal(self._zero_codes(scales, zeros), compressed.zeros.t()):
+        zeros = ((self.grid.levels // 2 - compressed.zeros.t().float()) * scales.float()).bfloat16()
+        kept = None
+        if self.grid.real_zero:
+            kept = hold_bits(compressed.zeros)
+        elif not torch.equal(self._zero_codes(scales, zeros), compressed.zeros.t()):
             raise UserError("int4: a scale is so small or so large that bf16 cannot hold the zero beside it")
-        self.register_buffer("packed", _pack(compressed.codes))
-        self.register_buffer("scale_bits", hold_bits(torch.stack([scales, zeros], dim=-1)))  # bf16 [groups, out, 2]
+        both = torch.stack([scales, zeros], dim=-1).repeat_interleave(repeat, dim=0)
+        self.register_buffer("packed", _pack(compressed.codes + (MIDDLE - self.grid.levels // 2)))
+        self.register_buffer("scale_bits", hold_bits(both))  # bf16 [kernel groups, out, 2]
+        self.register_buffer("zero_bits", kept)  # bf16 [out, groups], of real zeros
 
     def compressed(self) -> CompressedWeight:
-        scales, zeros = self._scales_and_zeros().unbind(-1)
-        zero_codes = self._zero_codes(scales, zeros).t().contiguous()
-        return CompressedWeight(self.grid, self._codes(), scales.t().contiguous(), zero_codes)
+        groups = self.grid.groups(self.in_features)
+        scales, zeros = self._scales_and_zeros()[:: len(self.scale_bits) // groups].unbind(-1)
+        if self.grid.real_zero:
+            zeros = self.zero_bits.view(torch.bfloat16).clone()
+        else:
+            zeros = self._zero_codes(scales, zeros).t().contiguous()
+        codes = self._codes() - (MIDDLE - self.grid.levels // 2)
+        return CompressedWeight(self.grid, codes, scales.t().contiguous(), zeros)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        out = _kernel_of(x)(x.contiguous(), self.packed, self.grid.group_size, self._scales_and_zeros())
+        if self._has_own_kernel(x.shape[0]):
+            return native.int4_row(x, self.packed, self._scales_and_zeros(), self.bias)
+        group = self.in_features // len(self.scale_bits)
+        out = _kernel_of(x)(x.contiguous(), self.packed, group, self._scales_and_zeros())
         return out if self.bias is None else out.add_(self.bias)
 
     def expand_multiply(self, x: torch.Tensor) -> torch.Tensor:
-        scales, zeros = self._scales_and_zeros().unbind(-1)
-        zero_codes = self._zero_codes(scales, zeros)
-        return int4_blocks.expand_multiply(x, self.packed, scales, zero_codes, self.bias)
+        return int4_blocks.expand_multiply(x, self.packed, self._scales_and_zeros(), self.bias)
 
     def runs_packed(self, rows: int) -> bool:
-        return super().runs_packed(rows) or self.packed.device.type != "cpu" or int4_blocks.block_rows() is None
+        if rows == 1 or self.packed.device.type != "cpu" or int4_blocks.block_rows() is None:
+            return True
+        return rows <= (self.packed_rows if int4_blocks.expands_natively() else self.packed_rows_without)
+
+    def _has_own_kernel(self, rows: int) -> bool:
+        return rows == 1 and int4_blocks.block_rows() == 64 and native.takes(self.packed.device, self.out_features, 64)
 
     def kernel(self, rows: int) -> str:
+        if self._has_own_kernel(rows):
+            return "packed int4 (own kernel)"
         if not self.runs_packed(rows):
-            return "int4 blocks dequantized to bf16, then matmul"
+            own = "our own" if int4_blocks.expands_natively() else f"torch operators, {native.missing()}"
+            return f"int4 blocks dequantized to bf16 ({own}), then matmul"
         name = "_weight_int4pack_mm_for_cpu" if self.packed.device.type == "cpu" else "_weight_int4pack_mm"
         many = ", whose layout is not readable here, for any number of rows" if rows > self.packed_rows else ""
         return f"packed int4 (torch {name}{many})"
@@ -72,13 +94,15 @@ class Int4Linear(PackedLinear):
     def _scales_and_zeros(self) -> torch.Tensor:
         return self.scale_bits.view(torch.bfloat16)
 
-    @staticmethod
-    def _zero_codes(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    def _zero_codes(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         steps = (zeros / scales).round_()  # within 1/30 of a whole number, even in bf16
-        return steps.neg_().add_(MIDDLE).to(torch.uint8)
+        return steps.neg_().add_(self.grid.levels // 2).to(torch.uint8)
 
     def _codes(self) -> torch.Tensor:
-        """uint8 `[out, in]`. Where the layout is unknown, ask the kernel: identity times codes, scale 1, zero 0."""
+        """uint8 `[out, in]`, as they were moved.
+
+        Where the layout is unknown, ask the kernel: identity times codes, scale 1, zero 0.
+        """
         if self.packed.device.type == "cpu" and int4_blocks.block_rows() is not None:
             return int4_blocks.unpack(self.packed)
         neutral = torch.zeros_like(self._scales_and_zeros())
@@ -88,7 +112,7 @@ class Int4Linear(PackedLinear):
             width = min(256, self.in_features - start)
             unit = neutral.new_zeros(width, self.in_features)
             unit[torch.arange(width), start + torch.arange(width)] = 1
-            codes = _kernel_of(unit)(unit, self.packed, self.grid.group_size, neutral)  # [width, out]
+            codes = _kernel_of(unit)(unit, self.packed, self.in_features // len(neutral), neutral)  # [width, out]
             columns.append((codes + MIDDLE).to(torch.uint8).t())
         return torch.cat(columns, dim=1)
 
@@ -105,7 +129,14 @@ class Int4Linear(PackedLinear):
     @staticmethod
     def expected_bytes(grid: Grid, out_features: int, in_features: int) -> int:
         """Bytes resident for a weight of this shape, without bias."""
-        return out_features * (in_features // 2 + 4 * grid.groups(in_features))
+        real = 2 * grid.groups(in_features) if grid.real_zero else 0
+        return out_features * (in_features // 2 + 4 * in_features // _kernel_group(grid, in_features) + real)
+
+
+def _kernel_group(grid: Grid, in_features: int) -> int | None:
+    """The largest group the kernels know that divides the grid's; None if there is none."""
+    size = in_features // grid.groups(in_features)
+    return next((group for group in GROUPS if size % group == 0), None)
 
 
 def _kernel_of(x: torch.Tensor):

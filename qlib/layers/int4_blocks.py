@@ -10,9 +10,13 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from qlib.layers import native
 from qlib.layers.base import SCRATCH_BYTES
 
-__all__ = ["pack", "unpack", "block_rows", "expand_multiply"]
+__all__ = ["pack", "unpack", "block_rows", "expands_natively", "expand_multiply"]
+
+#: Output channels that our kernel dequantizes at a time: their weights stay in the cache until they are multiplied.
+TILE = 128
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -39,9 +43,16 @@ def unpack(packed: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     return codes
 
 
-@lru_cache(maxsize=None)
 def block_rows() -> int | None:
     """Output channels in a block on this machine; None if torch packs in an order this module does not know."""
+    return _find_block_rows()
+
+
+block_rows._dynamo_marked_constant = True  # torch.compile takes its answer, and does not look inside
+
+
+@lru_cache(maxsize=None)
+def _find_block_rows() -> int | None:
     random = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (208, 64), generator=random, dtype=torch.int32)  # the last block is not full
     try:
@@ -51,21 +62,51 @@ def block_rows() -> int | None:
     return next((rows for rows in (64, 32, 16, 128) if torch.equal(unpack(packed, rows), codes.to(torch.uint8))), None)
 
 
+def expands_natively() -> bool:
+    """Whether our own kernel dequantizes blocks here."""
+    return block_rows() == 64 and not native.missing()
+
+
 def expand_multiply(
-    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Multiply bf16 `x [rows, in]` with packed codes, some blocks at a time, never transposing a weight.
 
     Args:
         packed: `[out, in / 2]` in the kernel's order.
-        scales: bf16 `[groups, out]`. zeros: the codes that mean 0, uint8 `[groups, out]`.
+        scales_zeros: bf16 `[groups, out, 2]`, weight = (code - 8) * scale + zero.
 
     Returns:
         bf16 `[rows, out]`. The weights are the dequantized ones, rounded to bf16 once.
     """
-    size = block_rows()
-    (out_features, half), full = packed.shape, len(packed) // size * size
-    out = x.new_empty(len(x), out_features)
+    size, half = block_rows(), packed.shape[1]
+    full = len(packed) // size * size
+    out = x.new_empty(len(x), len(packed))
+    if full:
+        multiply = _multiply_own if expands_natively() else _multiply_eager
+        multiply(x, packed[:full], scales_zeros[:, :full].contiguous(), out)
+    if full < len(packed):
+        codes = unpack(packed[full:], size).view(-1, len(scales_zeros), 2 * half // len(scales_zeros))
+        scales, zeros = scales_zeros[:, full:].transpose(0, 1)[..., None].float().unbind(2)  # [channels, groups, 1]
+        out[:, full:] = F.linear(x, ((codes.float() - 8) * scales + zeros).flatten(1).bfloat16())
+    return out if bias is None else out.add_(bias)
+
+
+def _multiply_own(x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill the columns of whole blocks of `out [rows, out]`: one tile of weights after the other, in the cache."""
+    width = min(len(packed), TILE)
+    tile = x.new_empty(x.shape[1] * width)
+    for start in range(0, len(packed), width):
+        columns = min(width, len(packed) - start)
+        weight = tile[: x.shape[1] * columns].view(-1, columns)
+        native.int4_expand(packed, scales_zeros, start, weight)
+        torch.mm(x, weight, out=out[:, start : start + columns])
+
+
+def _multiply_eager(x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Tensor, out: torch.Tensor) -> None:
+    """The same with torch's operators."""
+    size, (full, half) = block_rows(), packed.shape
+    scales, zeros = scales_zeros.unbind(-1)
     count = max(2, SCRATCH_BYTES // (4 * half * size))  # blocks at a time
     scratch = _Scratch(2 * half, min(count * size, full) // 2, len(x))
     for start in range(0, full, count * size):
@@ -75,11 +116,6 @@ def expand_multiply(
         for index in (0, 1):
             product = torch.mm(x, weight[index], out=scratch.product[:, : weight.shape[2]])
             ordered[:, :, index] = product.unflatten(1, (-1, size // 2))
-    if full < out_features:
-        codes = unpack(packed[full:], size).view(out_features - full, len(scales), -1)
-        steps = codes.bfloat16() - zeros[:, full:].t().bfloat16()[..., None]
-        out[:, full:] = F.linear(x, (steps * scales[:, full:].t()[..., None]).flatten(1))
-    return out if bias is None else out.add_(bias)
 
 
 class _Scratch:
@@ -102,9 +138,9 @@ def _expand(blocks: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, scr
     torch.bitwise_right_shift(rows, 4, out=codes[1])
     scales, zeros = (
         tensor.unflatten(1, (count, 2, width)).permute(2, 0, 1, 3).reshape(2, len(tensor), 1, -1)
-        for tensor in (scales, zeros.view(torch.int8))
+        for tensor in (scales, zeros)
     )  # [low or high, groups, 1, blocks * bytes]
     grouped = (2, scales.shape[1], in_features // scales.shape[1], count * width)
-    steps = codes.view(torch.int8).view(grouped).sub_(zeros)  # code - zero: exact, in bf16 too
-    weight.view(grouped).copy_(steps).mul_(scales)
+    steps = codes.view(torch.int8).sub_(8).view(grouped)
+    weight.view(grouped).copy_(torch.addcmul(zeros.float(), steps, scales.float()))
     return weight

@@ -6,7 +6,7 @@ from qlib.errors import UserError
 from qlib.layers.base import PackedLinear
 from qlib.layers.codes import CodesLinear
 from qlib.layers.int4 import Int4Linear
-from qlib.layers.int8 import Int8Linear
+from qlib.layers.int8 import Int8DynamicLinear, Int8Linear
 from qlib.quantize.grid import CompressedWeight, Grid
 
 __all__ = ["pack", "packed_layers", "layer_class", "resident_bytes"]
@@ -15,12 +15,13 @@ __all__ = ["pack", "packed_layers", "layer_class", "resident_bytes"]
 def layer_class(grid: Grid, out_features: int, in_features: int) -> type[PackedLinear]:
     """The layer for weights of this grid and shape.
 
-    A kernel where there is one: int8 with one scale per output channel; int4 in groups of 32, 64 or 128 with output
-    channels in multiples of 16. Everything else keeps its codes at their true size, dequantized for every call.
+    A kernel where there is one: W8A8; integers of 5 to 8 bits as bytes; of 2 to 4 bits as int4, with output channels in
+    multiples of 16 and groups in multiples of 32. All others keep their codes at their true size and are dequantized
+    for every call.
     """
-    if grid.element != "int" or grid.real_zero:
-        return CodesLinear
-    if grid.bits == 8 and grid.groups(in_features) == 1:
+    if Int8DynamicLinear.fits(grid, in_features):
+        return Int8DynamicLinear
+    if Int8Linear.fits(grid, in_features):
         return Int8Linear
     return Int4Linear if Int4Linear.fits(grid, out_features, in_features) else CodesLinear
 

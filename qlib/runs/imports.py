@@ -21,7 +21,8 @@ VERB_TABLE = "VERBS"
 
 @dataclass
 class Reach:
-    """What some code depends on: SHA-256 of each source file of the package, and names of other packages."""
+    """What some code depends on: SHA-256 of each source file of the package (with the C file beside it that it names), and
+    names of other packages."""
 
     sources: dict[str, str] = field(default_factory=dict)
     packages: set[str] = field(default_factory=set)
@@ -72,7 +73,8 @@ def _resolve(name: str, source: Path) -> tuple[str, Path | None]:
 def _read(file: Path, module: str, verbs: tuple[tuple[str, str], ...], stamp: int) -> tuple[str, list[str]]:
     text = file.read_text(encoding="utf-8")
     inside = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    return hashlib.sha256(text.encode()).hexdigest(), _follow(text, inside, dict(verbs))
+    compiled = "".join(one.read_text(encoding="utf-8") for one in sorted(file.parent.glob("*.c")) if one.name in text)
+    return hashlib.sha256((text + compiled).encode()).hexdigest(), _follow(text, inside, dict(verbs))
 
 
 def _follow(text: str, inside: str | None, verbs: dict[str, str]) -> list[str]:

@@ -1,0 +1,119 @@
+"""Text token by token with little beside the products themselves: a static cache, and blocks run by a few operators.
+
+A general implementation spends more time on Python around a small model than on reading its weights. This is the same
+arithmetic for decoders whose blocks are those of Qwen2 and Llama, whatever their linears are; batch 1.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlib.errors import UserError
+from qlib.layers import native
+from qlib.models.families import blocks_of, family_of
+
+__all__ = ["Decoder", "Cache", "rotary_tables", "run_block"]
+
+#: Architectures whose blocks `run_block` is true to.
+KINDS = ("qwen2", "llama", "mistral")
+
+
+class Cache:
+    """Keys and values of one block, `[kv_heads, tokens, dim]`: room for `tokens` of them."""
+
+    def __init__(self, kv_heads: int, tokens: int, dim: int, like: torch.Tensor) -> None:
+        self.keys, self.values = like.new_zeros(2, kv_heads, tokens, dim)
+
+
+def rotary_tables(rotary: nn.Module, tokens: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines `[tokens, 1, dim]`, the first half of the sines negative: turning a head x is then
+    x * cos + (x, its halves exchanged) * sin."""
+    cos, sin = rotary(like, torch.arange(tokens, device=like.device)[None])
+    sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], dim=-1)
+    return cos[0, :, None], sin[0, :, None]
+
+
+def run_block(
+    block: nn.Module, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: Cache, start: int
+) -> torch.Tensor:
+    """A decoder block on `x [tokens, hidden]`, of which the cache holds the `start` tokens before.
+
+    Several tokens at once must be the first ones. `rotary`: cosines and sines of the tokens, `[tokens, 1, dim]`.
+    """
+    attention, mlp = block.self_attn, block.mlp
+    normed = _norm(block.input_layernorm, x)
+    q, k, v = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
+    attend = native.attend if len(x) == 1 and _is_short_work(x, cache.keys.shape[-1]) else _attend
+    x = x + attention.o_proj(attend(q, k, v, rotary, cache.keys, cache.values, start))
+    normed = _norm(block.post_attention_layernorm, x)
+    return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)).mul_(mlp.up_proj(normed)))
+
+
+def _is_short_work(x: torch.Tensor, width: int) -> bool:
+    """Whether kernels of our own save Python's time around these operators."""
+    return x.dtype == torch.bfloat16 and native.takes(x.device, width, 16)
+
+
+def _norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if _is_short_work(x, x.shape[-1]):
+        return native.rms_norm(x, norm.weight, norm.variance_epsilon)
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor],
+    keys: torch.Tensor, values: torch.Tensor, used: int,
+) -> torch.Tensor:  # fmt: skip
+    """`native.attend` with torch's operators, for any number of tokens."""
+    (kv_heads, _, dim), tokens = keys.shape, len(q)
+    both = torch.cat([q, k], dim=-1).view(tokens, -1, dim)
+    both = torch.addcmul(both * rotary[0], both.roll(dim // 2, -1), rotary[1])
+    queries, end = both[:, :-kv_heads], used + tokens
+    keys[:, used:end] = both[:, -kv_heads:].transpose(0, 1)
+    values[:, used:end] = v.view(tokens, kv_heads, dim).transpose(0, 1)
+    keys, values = keys[None, :, :end], values[None, :, :end]
+    if tokens == 1:  # the query heads that share keys and values, as rows of one product
+        mixed = F.scaled_dot_product_attention(queries.reshape(1, kv_heads, -1, dim), keys, values)
+    else:
+        queries = queries.transpose(0, 1)[None]
+        mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return mixed.reshape(tokens, -1)
+
+
+class Decoder:
+    """A model with a cache for `tokens` tokens.
+
+    Args:
+        model: a causal model of `KINDS`; its linears and its embedding may be packed.
+
+    Raises:
+        UserError: another architecture.
+    """
+
+    def __init__(self, model: nn.Module, tokens: int) -> None:
+        config, family = model.config, family_of(model.config)
+        if config.model_type not in KINDS:
+            raise UserError(f"model_type: '{config.model_type}' cannot be decoded here; allowed: {', '.join(KINDS)}")
+        self.blocks, self.norm = blocks_of(model), model.get_submodule(family.norm)
+        self.embedding, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        dim = self.blocks[0].self_attn.head_dim
+        self.rotary = rotary_tables(model.model.rotary_emb, tokens, self.norm.weight)
+        self.caches = [Cache(config.num_key_value_heads, tokens, dim, self.norm.weight) for _ in self.blocks]
+        self.used = 0
+
+    @torch.inference_mode()
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits `[vocab]` after token ids `[tokens]`, which follow on those of earlier calls.
+
+        Several tokens at once are allowed in the first call only.
+        """
+        cos, sin = (table[self.used : self.used + len(ids)] for table in self.rotary)
+        x = self.embedding(ids)
+        for block, cache in zip(self.blocks, self.caches):
+            x = run_block(block, x, (cos, sin), cache, self.used)
+        self.used += len(ids)
+        return self.head(_norm(self.norm, x[-1:]))[0]
+
+    def rewind(self, tokens: int = 0) -> None:
+        """Forget all but the first `tokens` tokens."""
+        self.used = tokens

@@ -1,0 +1,326 @@
+// Products with packed weights on processors with AVX-512, VNNI and BF16. native.py builds this file and calls it.
+//
+// x is [rows, in], weights are [channels, in], results are bf16 [rows, channels]; `threads` share the channels.
+// A null pointer stands for no offsets, or no bias. What sizes each function takes: see native.py.
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(__AVX512VNNI__) || !defined(__AVX512BF16__) || !defined(__AVX512VBMI__)
+#error the processor lacks AVX-512 with VNNI, VBMI and BF16
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define LEAST(a, b) ((a) < (b) ? (a) : (b))
+#define EACH(i, count) for (long i = 0; i < (count); i++)
+// `call` with the height of a tile as a constant, so that its loops unroll
+#define TILES(call) \
+    switch (tall) { \
+        case 1: call(1); break; \
+        case 2: call(2); break; \
+        case 3: call(3); break; \
+        default: call(4); \
+    }
+
+typedef uint16_t bf16;
+
+enum { WIDE = 4, TALL = 4 };  // channels and rows of a tile, whose sums stay in registers
+
+INLINE float widen(bf16 value) {
+    union { uint32_t bits; float number; } both = {(uint32_t)value << 16};
+    return both.number;
+}
+
+INLINE bf16 narrow(float value) {  // to nearest, ties to even
+    union { float number; uint32_t bits; } both = {value};
+    return (both.bits + 0x7fff + (both.bits >> 16 & 1)) >> 16;
+}
+
+INLINE __m512 widen16(const bf16 *from) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+INLINE __m512 even_halves(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+INLINE __m512 odd_halves(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+// ---- int8 activations: x = code * scale of the row, scale = largest magnitude / 127 ----
+
+void quantize_rows(const bf16 *x, int8_t *codes, float *scales, int32_t *sums, long rows, long in, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long m = 0; m < rows; m++) {
+        const bf16 *row = x + m * in;
+        uint32_t largest = 0;
+        int32_t sum = 0;
+        EACH(k, in) largest = (row[k] & 0x7fff) > largest ? row[k] & 0x7fff : largest;
+        scales[m] = largest ? widen(largest) / 127 : 1;
+        EACH(k, in) {
+            int32_t code = __builtin_rintf(widen(row[k]) / scales[m]);
+            codes[m * in + k] = code;
+            sum += code;
+        }
+        sums[m] = sum;
+    }
+}
+
+// ---- int8 x int8, summed exactly in int32 ----
+
+// Channels whose codes stay in the second-level cache; input channels and rows summed before moving on.
+enum { PANEL = 64, DEPTH = 4096, BLOCK = 256 };
+
+INLINE __m512i add_neighbours(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+}
+
+INLINE __m128i sum_each(const __m512i *four) {  // the sums of four vectors
+    __m512i a = add_neighbours(four[0], four[1]), b = add_neighbours(four[2], four[3]);
+    __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+// vpdpbusd wants one side unsigned: 128 is added to the weights' codes, and taken off at the end.
+INLINE void dot_step(const int8_t *x, const int8_t *w, long in, __mmask64 keep, __m512i (*sums)[WIDE], const int tall) {
+    __m512i weight[WIDE];
+    EACH(j, WIDE) weight[j] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(keep, w + j * in), _mm512_set1_epi8((char)128));
+    EACH(i, tall) {
+        __m512i row = _mm512_maskz_loadu_epi8(keep, x + i * in);
+        // by hand, because gcc spills the sums when it uses _mm512_dpbusd_epi32
+        EACH(j, WIDE) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i][j]) : "v"(weight[j]), "v"(row));
+    }
+}
+
+INLINE void dot_tile(const int8_t *x, const int8_t *w, long in, long depth, int32_t *out, const int tall) {
+    __m512i sums[TALL][WIDE];
+    long k = 0;
+    EACH(i, tall) EACH(j, WIDE) sums[i][j] = _mm512_setzero_si512();
+    for (; k + 64 <= depth; k += 64) dot_step(x + k, w + k, in, ~0ull, sums, tall);
+    if (k < depth) dot_step(x + k, w + k, in, (1ull << (depth - k)) - 1, sums, tall);
+    EACH(i, tall) {
+        __m128i *at = (__m128i *)(out + i * PANEL);
+        _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), sum_each(sums[i])));
+    }
+}
+
+void int8_dot(const int8_t *x, const float *row_scales, const int32_t *row_sums, const int8_t *w, const bf16 *scales,
+              const bf16 *bias, bf16 *out, long rows, long in, long channels, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (long n = 0; n < channels; n += PANEL) {
+        int32_t sums[BLOCK * PANEL];
+        long stretch = rows > TALL ? DEPTH : in;  // weights that are used once are read in order
+        long wide = LEAST(PANEL, channels - n);
+        for (long first = 0; first < rows; first += BLOCK) {
+            long block = LEAST(BLOCK, rows - first);
+            memset(sums, 0, sizeof(int32_t) * block * PANEL);
+            for (long k = 0; k < in; k += stretch)
+                for (long m = 0; m < block; m += TALL)
+                    for (long j = 0; j < wide; j += WIDE) {
+                        long tall = LEAST(TALL, block - m), depth = LEAST(stretch, in - k);
+#define TILE(t) dot_tile(x + (first + m) * in + k, w + (n + j) * in + k, in, depth, sums + m * PANEL + j, t)
+                        TILES(TILE)
+#undef TILE
+                    }
+            for (long m = first; m < first + block; m++)
+                EACH(j, wide) {
+                    float value = sums[(m - first) * PANEL + j] - 128 * row_sums[m];
+                    value = value * widen(scales[n + j]) * row_scales[m];
+                    out[m * channels + n + j] = narrow(value + (bias ? widen(bias[n + j]) : 0));
+                }
+        }
+    }
+}
+
+// ---- int8 weights for a few rows of bf16 activations: reading the weights is all that counts ----
+
+enum { AHEAD = 4096 };  // bytes fetched before they are needed
+
+INLINE void rows_tile(const float *x, const int8_t *w, const bf16 *scales, long in, long group, float (*out)[WIDE],
+                      const int tall) {
+    __m512 sums[TALL][WIDE], part[TALL][WIDE];
+    EACH(i, tall) EACH(j, WIDE) sums[i][j] = _mm512_setzero_ps();
+    for (long start = 0; start < in; start += group) {
+        EACH(i, tall) EACH(j, WIDE) part[i][j] = _mm512_setzero_ps();
+        for (long k = start; k < start + group; k += 32)
+            EACH(j, WIDE) {
+                const int8_t *codes = w + j * in + k;
+                long next = k + AHEAD < in ? 0 : (WIDE - 1) * in;  // at the end of its row, of the next tile
+                _mm_prefetch((const char *)codes + AHEAD + next, _MM_HINT_T0);
+                EACH(half, 2) {
+                    __m512i whole = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(codes + 16 * half)));
+                    __m512 weight = _mm512_cvtepi32_ps(whole);
+                    EACH(i, tall) {
+                        __m512 row = _mm512_loadu_ps(x + i * in + k + 16 * half);
+                        part[i][j] = _mm512_fmadd_ps(weight, row, part[i][j]);
+                    }
+                }
+            }
+        EACH(j, WIDE) {
+            __m512 scale = _mm512_set1_ps(widen(scales[j * (in / group) + start / group]));
+            EACH(i, tall) sums[i][j] = _mm512_fmadd_ps(part[i][j], scale, sums[i][j]);
+        }
+    }
+    EACH(i, tall) EACH(j, WIDE) out[i][j] = _mm512_reduce_add_ps(sums[i][j]);
+}
+
+void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *offsets, const bf16 *bias, bf16 *out,
+               long rows, long in, long group, long channels, int threads) {
+    long groups = in / group;
+    float *wide = malloc(sizeof(float) * rows * (in + groups)), *group_sums = wide + rows * in;
+    EACH(i, rows * in) wide[i] = widen(x[i]);
+    EACH(i, rows * groups) {
+        group_sums[i] = 0;
+        EACH(k, group) group_sums[i] += wide[i * group + k];
+    }
+#pragma omp parallel for num_threads(threads)
+    for (long n = 0; n < channels; n += WIDE)
+        for (long first = 0; first < rows; first += TALL) {
+            float sums[TALL][WIDE];
+            long tall = LEAST(TALL, rows - first);
+#define TILE(t) rows_tile(wide + first * in, w + n * in, scales + n * groups, in, group, sums, t)
+            TILES(TILE)
+#undef TILE
+            EACH(i, tall) EACH(j, WIDE) {
+                float value = sums[i][j];
+                const float *of_row = group_sums + (first + i) * groups;
+                if (offsets) EACH(g, groups) value += of_row[g] * offsets[(n + j) * groups + g];
+                out[(first + i) * channels + n + j] = narrow(value + (bias ? widen(bias[n + j]) : 0));
+            }
+        }
+    free(wide);
+}
+
+// ---- int4 as torch's CPU kernel keeps it (int4_blocks.py), weight = (code - 8) * scale + zero ----
+// A block is 64 channels, [in, 32] bytes: channel j in the low half of byte j, channel j + 32 in the high half.
+// Scales and zeros lie side by side: bf16 [groups, channels, 2].
+
+// One row. Two input channels at a time: vpermb sets their bytes side by side, vpermw looks codes up as bf16 numbers,
+// vdpbf16ps multiplies them with two activations. The zeros are multiplied with the activations' sum over a group.
+void int4_row(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, const bf16 *bias, bf16 *out, long in,
+              long group, long channels, int threads) {
+    bf16 numbers[32];
+    uint8_t places[2][64];
+    long groups = in / group;
+    float *group_sums = calloc(groups, sizeof(float));
+    EACH(i, 32) numbers[i] = narrow(i % 16 - 8);  // twice, because vpermw reads five bits
+    EACH(half, 2) EACH(i, 64) places[half][i] = i / 4 + 16 * half + (i & 2 ? 32 : 0);  // odd ones are masked out
+    EACH(k, in) group_sums[k / group] += widen(x[k]);
+    const __m512i table = _mm512_loadu_si512(numbers);
+    const __m512i order[2] = {_mm512_loadu_si512(places[0]), _mm512_loadu_si512(places[1])};
+#pragma omp parallel for num_threads(threads)
+    for (long n = 0; n < channels; n += 64) {
+        const uint8_t *block = packed + n / 2 * in;
+        __m512 sums[4], part[4];
+        EACH(j, 4) sums[j] = _mm512_setzero_ps();
+        EACH(g, groups) {
+            EACH(j, 4) part[j] = _mm512_setzero_ps();
+            for (long k = g * group; k < (g + 1) * group; k += 2) {
+                _mm_prefetch((const char *)block + k * 32 + AHEAD, _MM_HINT_T0);
+                __m512i bytes = _mm512_loadu_si512(block + k * 32);
+                __m512bh two = (__m512bh)_mm512_set1_epi32(x[k] | (uint32_t)x[k + 1] << 16);
+                EACH(half, 2) {
+                    __m512i low = _mm512_maskz_permutexvar_epi8(0x5555555555555555, order[half], bytes);
+                    __m512i high = _mm512_srli_epi16(low, 4);
+                    __m512bh first = (__m512bh)_mm512_permutexvar_epi16(low, table);
+                    __m512bh second = (__m512bh)_mm512_permutexvar_epi16(high, table);
+                    part[half] = _mm512_dpbf16_ps(part[half], first, two);
+                    part[half + 2] = _mm512_dpbf16_ps(part[half + 2], second, two);
+                }
+            }
+            EACH(j, 4) {
+                __m512i both = _mm512_loadu_si512(scales_zeros + (g * channels + n + j * 16) * 2);
+                sums[j] = _mm512_fmadd_ps(part[j], even_halves(both), sums[j]);
+                sums[j] = _mm512_fmadd_ps(_mm512_set1_ps(group_sums[g]), odd_halves(both), sums[j]);
+            }
+        }
+        EACH(j, 4) {
+            float last[16];
+            _mm512_storeu_ps(last, sums[j]);
+            EACH(i, 16) out[n + j * 16 + i] = narrow(last[i] + (bias ? widen(bias[n + j * 16 + i]) : 0));
+        }
+    }
+    free(group_sums);
+}
+
+// The weights of `blocks` blocks from channel `first` on, rounded to bf16: out [in, 64 * blocks].
+void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, long in, long group, long channels,
+                 long first, long blocks, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long start = 0; start < in; start += group)
+        EACH(block, blocks) {
+            long n = first + block * 64;
+            __m512 scale[4], zero[4];
+            EACH(j, 4) {
+                __m512i both = _mm512_loadu_si512(scales_zeros + (start / group * channels + n + j * 16) * 2);
+                scale[j] = even_halves(both);
+                zero[j] = _mm512_fnmadd_ps(_mm512_set1_ps(8), scale[j], odd_halves(both));
+            }
+            for (long k = start; k < start + group; k++) {
+                const uint8_t *row = packed + n / 2 * in + k * 32;
+                bf16 *to = out + (k * blocks + block) * 64;
+                EACH(half, 2) {
+                    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(row + 16 * half)));
+                    __m512 low = _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15)));
+                    __m512 high = _mm512_cvtepi32_ps(_mm512_srli_epi32(bytes, 4));
+                    low = _mm512_fmadd_ps(low, scale[half], zero[half]);
+                    high = _mm512_fmadd_ps(high, scale[half + 2], zero[half + 2]);
+                    _mm256_storeu_si256((void *)(to + 16 * half), (__m256i)_mm512_cvtneps_pbh(low));
+                    _mm256_storeu_si256((void *)(to + 32 + 16 * half), (__m256i)_mm512_cvtneps_pbh(high));
+                }
+            }
+        }
+}
+
+// ---- the rest of a decoder block, for one token: short work, of which Python would make a long one ----
+
+void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, float epsilon, long rows, long width, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+    for (long m = 0; m < rows; m++) {
+        const bf16 *row = x + m * width;
+        __m512 squares = _mm512_setzero_ps();
+        for (long k = 0; k < width; k += 16) squares = _mm512_fmadd_ps(widen16(row + k), widen16(row + k), squares);
+        float factor = 1 / sqrtf(_mm512_reduce_add_ps(squares) / width + epsilon);
+        // rounded before the weight multiplies, as transformers does
+        EACH(k, width) out[m * width + k] = narrow(widen(narrow(widen(row[k]) * factor)) * widen(weight[k]));
+    }
+}
+
+// Turn q [heads, dim] and k [kv_heads, dim] by their position (cos, sin: [dim], the first half of sin negative), put k
+// and v into the cache [kv_heads, capacity, dim] behind the `used` tokens there, and attend to all of them.
+void attend(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *cos, const bf16 *sin, bf16 *keys, bf16 *values,
+            bf16 *out, long heads, long kv_heads, long dim, long capacity, long used, int threads) {
+    EACH(h, kv_heads) EACH(d, dim) {
+        float other = widen(k[h * dim + (d + dim / 2) % dim]);
+        keys[(h * capacity + used) * dim + d] = narrow(widen(k[h * dim + d]) * widen(cos[d]) + other * widen(sin[d]));
+        values[(h * capacity + used) * dim + d] = v[h * dim + d];
+    }
+#pragma omp parallel for num_threads(threads)
+    for (long h = 0; h < heads; h++) {
+        const bf16 *all_keys = keys + h * kv_heads / heads * capacity * dim;
+        const bf16 *all_values = values + h * kv_heads / heads * capacity * dim;
+        float query[dim], mixed[dim], *scores = malloc(sizeof(float) * (used + 1)), most = -INFINITY, total = 0;
+        EACH(d, dim) {
+            float other = widen(q[h * dim + (d + dim / 2) % dim]);
+            query[d] = (widen(q[h * dim + d]) * widen(cos[d]) + other * widen(sin[d])) / sqrtf(dim);
+            mixed[d] = 0;
+        }
+        EACH(t, used + 1) {
+            __m512 sum = _mm512_setzero_ps();
+            for (long d = 0; d < dim; d += 16)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + d), widen16(all_keys + t * dim + d), sum);
+            scores[t] = _mm512_reduce_add_ps(sum);
+            most = scores[t] > most ? scores[t] : most;
+        }
+        EACH(t, used + 1) {
+            scores[t] = expf(scores[t] - most);
+            total += scores[t];
+            EACH(d, dim) mixed[d] += scores[t] * widen(all_values[t * dim + d]);
+        }
+        EACH(d, dim) out[h * dim + d] = narrow(mixed[d] / total);
+        free(scores);
+    }
+}

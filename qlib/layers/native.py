@@ -1,0 +1,185 @@
+"""Our own CPU kernels (kernels.c): built once with the machine's C compiler, and torch operators around them.
+
+Where there is no compiler, or a processor without the instructions they use, `missing` says so and the layers run
+torch's own operators: slower, never different in what they compute. QLIB_NATIVE=0 asks for that.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from qlib.paths import cache_folder
+
+__all__ = ["missing", "takes", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "rms_norm", "attend"]
+
+SOURCE = Path(__file__).with_name("kernels.c")
+#: Contracting a product and a sum would make numbers depend on the compiler.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+BUILD_SECONDS = 120
+#: What every function takes: pointers, counts, a float; the number of threads comes last.
+ARGUMENTS = {
+    "quantize_rows": "ppppnn", "int8_dot": "pppppppnnn", "int8_rows": "ppppppnnnn", "int4_row": "pppppnnn",
+    "int4_expand": "pppnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn",
+}  # fmt: skip
+TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
+
+
+@lru_cache(maxsize=None)
+def _build() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason in a few words."""
+    if os.environ.get("QLIB_NATIVE") == "0":
+        return None, "QLIB_NATIVE=0"
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return None, "no C compiler"
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
+    path = cache_folder() / "kernels" / f"{key}.so"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            command = [compiler, *FLAGS, str(SOURCE), "-o", f"{folder}/kernels.so", "-lm"]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+            except (subprocess.SubprocessError, OSError) as error:
+                lines = (getattr(error, "stderr", None) or str(error)).splitlines()
+                return None, next((line for line in lines if "error" in line), lines[0])
+            os.replace(f"{folder}/kernels.so", path)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, str(error)
+    for name, letters in ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = [*(TYPES[letter] for letter in letters), ctypes.c_int], None
+    return library, ""
+
+
+def missing() -> str:
+    """Why there are no kernels of our own here; empty if there are."""
+    return _build()[1]
+
+
+missing._dynamo_marked_constant = True  # torch.compile takes its answer, and does not look inside
+
+
+def takes(device: torch.device, channels: int, multiple: int) -> bool:
+    """Whether kernels that want `channels` in multiples of `multiple` run on `device`."""
+    return device.type == "cpu" and channels % multiple == 0 and not missing()
+
+
+def _call(name: str, *arguments: torch.Tensor | float | None) -> None:
+    values = [one if one is None or isinstance(one, (int, float)) else one.data_ptr() for one in arguments]
+    getattr(_build()[0], name)(*values, torch.get_num_threads())
+
+
+def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round every row of bf16 `x [rows, in]` to whole numbers of its largest magnitude / 127.
+
+    Returns:
+        codes int8 `[rows, in]`, scales fp32 `[rows]`, sums of the codes int32 `[rows]`.
+    """
+    x = x.contiguous()
+    codes, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
+    sums = x.new_empty(len(x), dtype=torch.int32)
+    _call("quantize_rows", x, codes, scales, sums, *x.shape)
+    return codes, scales, sums
+
+
+def _int8_dot(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Product of bf16 `x [rows, in]`, rounded to 8 bits row by row, and int8 codes `[out, in]`, out a multiple of 4."""
+    out = x.new_empty(x.shape[0], codes.shape[0])
+    _call("int8_dot", *round_rows(x), codes, scales, bias, out, *x.shape, len(codes))
+    return out
+
+
+def _int8_rows(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Product of bf16 `x [rows, in]` and weights codes * scales + offsets, of which out is a multiple of 4.
+
+    Args:
+        codes: int8 `[out, in]`. scales: bf16, offsets: fp32 `[out, groups]`. A group is a multiple of 32.
+    """
+    out, groups = x.new_empty(x.shape[0], codes.shape[0]), scales.numel() // len(codes)
+    _call("int8_rows", x.contiguous(), codes, scales, offsets, bias, out, *x.shape, x.shape[1] // groups, len(codes))
+    return out
+
+
+def _int4_row(
+    x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Product of bf16 `x [1, in]` and int4 in the order of torch's kernel (int4_blocks), out a multiple of 64.
+
+    Args:
+        packed: uint8 `[out, in / 2]`. scales_zeros: bf16 `[groups, out, 2]`, weight = (code - 8) * scale + zero.
+    """
+    channels, width = packed.shape[0], x.shape[1]
+    out = x.new_empty(1, channels)
+    group = width // scales_zeros.shape[0]
+    _call("int4_row", x.contiguous(), packed, scales_zeros, bias, out, width, group, channels)
+    return out
+
+
+def int4_expand(packed: torch.Tensor, scales_zeros: torch.Tensor, first: int, out: torch.Tensor) -> None:
+    """Write the bf16 weights of the output channels from `first` on, a multiple of 64, to `out [in, channels]`."""
+    in_features, channels = out.shape
+    group = in_features // len(scales_zeros)
+    _call("int4_expand", packed, scales_zeros, out, in_features, group, len(packed), first, channels // 64)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """bf16 `x [rows, width]`, each row divided by its root mean square, times `weight [width]`.
+
+    The width is a multiple of 16.
+    """
+    out = torch.empty_like(x)
+    _call("rms_norm", x, weight, out, epsilon, *x.shape)
+    return out
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor],
+    keys: torch.Tensor, values: torch.Tensor, used: int,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of one token: turns q and k, puts k and v into the cache behind its `used` tokens, mixes all values.
+
+    Args:
+        q: bf16 `[1, heads * dim]`, dim a multiple of 16. k, v: `[1, kv_heads * dim]`.
+        rotary: cosines and sines of the position, `dim` of each, the first half of the sines negative.
+        keys, values: the cache, bf16 `[kv_heads, capacity, dim]`; written to.
+    """
+    out, (kv_heads, capacity, dim) = torch.empty_like(q), keys.shape
+    _call("attend", q, k, v, *rotary, keys, values, out, q.shape[1] // dim, kv_heads, dim, capacity, used)
+    return out
+
+
+def _operator(name: str, schema: str, function) -> torch._ops.OpOverload:
+    """Make a function an operator, so that torch.compile can call it: cheaper at each call than `custom_op`."""
+    LIBRARY.define(f"{name}({schema}) -> Tensor")
+    LIBRARY.impl(name, function, "CPU")
+    torch.library.register_fake(
+        f"qlib::{name}", lambda x, codes, *rest: x.new_empty(x.shape[0], codes.shape[0]), lib=LIBRARY
+    )
+    return getattr(torch.ops.qlib, name).default
+
+
+LIBRARY = torch.library.Library("qlib", "DEF")
+int8_dot = _operator("int8_dot", "Tensor x, Tensor codes, Tensor scales, Tensor? bias=None", _int8_dot)
+int8_rows = _operator(
+    "int8_rows", "Tensor x, Tensor codes, Tensor scales, Tensor? offsets=None, Tensor? bias=None", _int8_rows
+)
+int4_row = _operator("int4_row", "Tensor x, Tensor packed, Tensor scales_zeros, Tensor? bias=None", _int4_row)
