@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlib.layers import PackedLinear, packed_layers
+from qlib.layers.base import round_tokens
 from qlib.layers.embedding import PackedEmbedding
 
 __all__ = ["in_float32", "product", "HELD_BYTES"]
@@ -71,6 +72,9 @@ def _packed(layers) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
 
 def _dequantized(layer: PackedLinear, held: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
+        if layer.grid.activations:
+            codes, scales = round_tokens(x)
+            x = (codes * scales).to(x.dtype)
         weight = layer.compressed().dequantize() if held is None else held
         return product(x, weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 

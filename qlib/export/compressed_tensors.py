@@ -29,7 +29,7 @@ def layer_tensors(compressed: CompressedWeight) -> dict[str, torch.Tensor]:
     """
     grid, codes, scales = compressed.grid, compressed.codes, compressed.scales.contiguous()
     if grid.element == "fp8":
-        return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scales[:1, 0] if _of_tensor(grid) else scales}
+        return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scales[:1, 0].clone() if _of_tensor(grid) else scales}
     if grid.element != "int":
         tensors = {"weight_packed": pack_bits(codes, 4)}
         if grid.element == "mxfp4":

@@ -14,8 +14,9 @@ from qlib.layers import PackedLinear
 from qlib.quantize.formats import Grid
 from qlib.quantize.grid import CompressedWeight
 
-__all__ = ["layer_tensors", "quantization_config"]
+__all__ = ["layer_tensors", "quantization_config", "CONFIG_FILE"]
 
+CONFIG_FILE = "quantize_config.json"  # where auto-gptq looks for the entry of config.json, and nowhere else
 WIDTHS = (2, 3, 4, 8)
 WORD = 32
 HEAD = "lm_head"

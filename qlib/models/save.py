@@ -69,8 +69,13 @@ def _write(subject: Subject, folder: Path, format: str) -> dict[str, Any]:
 
     model, coded = subject.model, coded_modules(subject.model)
     tensors = _plain_tensors(model, set(coded))
-    config = subject.config.to_dict()
+    config = subject.config.to_diff_dict()
+    config.pop("_name_or_path", None)  # a folder of this machine
     config["architectures"] = [type(model).__name__]
+    if rope := config.get("rope_parameters"):  # transformers 4 looks elsewhere, or silently takes a base of 10000
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        config["rope_theta"] = rope["rope_theta"]
+        config |= {"rope_scaling": scaling} if rope.get("rope_type", "default") != "default" else {}
     blocks = f"{family_of(model.config).blocks}."
     held = {name: one for name, one in coded.items() if format == "packed" or name.startswith(blocks)}
     if format == "dense":
@@ -86,9 +91,17 @@ def _write(subject: Subject, folder: Path, format: str) -> dict[str, Any]:
         if getattr(layer, "bias", None) is not None:
             tensors[f"{name}.bias"] = layer.bias
     save_torch_state_dict({name: t.detach().contiguous() for name, t in tensors.items()}, folder, safe_serialization=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    _write_json(folder / "config.json", config)
+    if held and (name := getattr(written, "CONFIG_FILE", None)):
+        _write_json(folder / name, config["quantization_config"])
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        _write_json(folder / "generation_config.json", generation.to_diff_dict())
     subject.tokenizer.save_pretrained(folder)
     return {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def _plain_tensors(model: nn.Module, packed: set[str]) -> dict[str, torch.Tensor]:

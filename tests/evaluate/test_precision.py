@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from qlib.compress import compress
 from qlib.evaluate import precision
@@ -90,3 +91,14 @@ def test_an_error_inside_leaves_the_model_as_it_was(tiny_model):
     with pytest.raises(RuntimeError), in_float32(model):
         raise RuntimeError
     assert model.dtype == torch.bfloat16 and all("forward" not in vars(module) for module in model.modules())
+
+
+def test_inputs_that_are_rounded_when_the_layer_runs_are_rounded_for_the_scorer_too(model_folder):
+    recipe = [{"pass": "rtn", "bits": 8, "group_size": None, "symmetric": True, "activations": "int8"}]
+    model = compress(load(str(model_folder())), recipe).model
+    layer, x = next(iter(packed_layers(model).values())), torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    scales = x.abs().amax(-1, keepdim=True) / 127
+    expected = F.linear((x / scales).round() * scales, layer.compressed().dequantize(), layer.bias.float())
+    with in_float32(model), torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(layer(x), F.linear(x, layer.compressed().dequantize(), layer.bias.float()), atol=1e-4)
