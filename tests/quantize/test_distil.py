@@ -1,4 +1,4 @@
-"""Distillation on the calibration text: closer to the uncompressed model, on the same grid, the same for the same seed."""
+"""Distillation on the calibration text: closer to the uncompressed model, on the same grid, repeatable."""
 
 import importlib
 
@@ -25,8 +25,9 @@ def tuned(monkeypatch, model_folder):
 
 
 def divergence(subject):
-    with torch.no_grad(), in_float32(load(str(subject.source.folder)).model) as teacher, in_float32(subject.model) as model:
-        return distillation_loss(*(one(input_ids=IDS, use_cache=False).logits for one in (model, teacher))).item()
+    models = subject.model, load(str(subject.source.folder)).model
+    with torch.no_grad(), in_float32(models[0]), in_float32(models[1]):
+        return distillation_loss(*(model(input_ids=IDS, use_cache=False).logits for model in models)).item()
 
 
 def test_it_brings_predictions_closer_on_the_same_grid(tuned):
@@ -39,8 +40,8 @@ def test_it_brings_predictions_closer_on_the_same_grid(tuned):
     assert same < 14
     kept, found = dict(before.model.named_parameters()), dict(after.model.named_parameters())
     assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in found.values())
-    assert all(torch.equal(p, kept[name]) == ("layers" not in name) for name, p in found.items() if "norm" in name or "embed" in name
-               if name != "model.norm.weight")  # fmt: skip
+    learned = {name for name, p in found.items() if not torch.equal(p, kept[name])}
+    assert learned and all(".layers." in name for name in learned), "embedding, last norm and head stay"
 
 
 def test_a_mask_is_kept_and_the_same_seed_repeats(tuned):

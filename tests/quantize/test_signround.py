@@ -1,5 +1,7 @@
 """Rounding optimisation: gradients against autograd in float64, and what it promises of a block."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,11 +14,12 @@ from qlib.models.families import blocks_of, family_of
 from qlib.quantize import signround
 from qlib.quantize.grid import Grid, fit_grid, round_to_grid
 from qlib.quantize.plain_attention import PlainAttention, causal_attention
-from qlib.quantize.signround import Options, Rounding, apply, check, learn
+from qlib.quantize.rounding import Rounding
+from qlib.quantize.signround import Options, apply, check, learn
 from qlib.recipe import BlockContext
 from qlib.walk import first_inputs, run_block
 
-compress = __import__("importlib").import_module("qlib.compress")
+compress = importlib.import_module("qlib.compress")
 SHORT = {"bits": 2, "group_size": 32, "iterations": 12, "batch": 2}
 
 
@@ -40,7 +43,9 @@ def plain(weight, offset, alpha, beta, grid, mask):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from([2, 3, 4, 5, 8]), st.sampled_from([4, 8, None]), st.booleans(), st.booleans(), st.integers(0, 99))
+@given(
+    st.sampled_from([2, 3, 4, 5, 8]), st.sampled_from([4, 8, None]), st.booleans(), st.booleans(), st.integers(0, 99)
+)  # fmt: skip
 def test_the_gradient_in_closed_form_is_that_of_the_formula(bits, size, symmetric, pruned, seed):
     generator, grid = torch.Generator().manual_seed(seed), Grid(bits, size, symmetric)
     weight = torch.randn(6, 16, generator=generator)
@@ -77,8 +82,8 @@ def test_attention_in_pieces_is_attention(heads, key_heads, tokens):
     expected = F.scaled_dot_product_attention(*theirs, is_causal=True, enable_gqa=True)
     found = causal_attention(*ours, 8**-0.5)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    gradients = zip(torch.autograd.grad(found, ours, upstream), torch.autograd.grad(expected, theirs, upstream.double()))
-    for one, other in gradients:
+    wanted = torch.autograd.grad(expected, theirs, upstream.double())
+    for one, other in zip(torch.autograd.grad(found, ours, upstream), wanted):
         other = other.nan_to_num()  # the formula has no scale for a group that was pruned as a whole
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
@@ -103,8 +108,8 @@ def a_block(tiny_model, kind="qwen2", options=Options(**SHORT), seed=0, **chosen
 
 
 def error(block, context):
-    outputs = run_block(block, context.inputs)
-    return sum((out.float() - target.float()).square().sum().item() for (out, _), target in zip(outputs, context.targets))
+    pairs = zip(run_block(block, context.inputs), context.targets)
+    return sum((out.float() - target.float()).square().sum().item() for (out, _), target in pairs)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
@@ -122,11 +127,15 @@ def test_a_block_of_any_family_does_better_than_round_to_nearest(tiny_model, kin
 def test_no_iterate_that_is_worse_than_the_start_is_kept(tiny_model, rate):
     block, context = a_block(tiny_model)
     found = {name: Rounding(block.get_submodule(name).weight, Grid(2, 32)) for name in context.rounding}
-    start = {name: rounding.quantized() for name, rounding in found.items()}
     windows = signround._Windows(block, context)
+
+    def loss():
+        weights = {f"{name}.weight": rounding.quantized() for name, rounding in found.items()}
+        return windows.loss(weights, torch.arange(6)).item()
+
+    first = loss()
     losses = learn(found, windows, Options(**SHORT, rate=rate), 0)
-    now = {name: rounding.quantized() for name, rounding in found.items()}
-    first, last = (windows.loss({f"{k}.weight": v for k, v in one.items()}, torch.arange(6)).item() for one in (start, now))
+    last = loss()
     assert last == pytest.approx(min(losses), rel=1e-2) and last <= first * (1 + 1e-6)
 
 
@@ -176,6 +185,14 @@ def test_recipes_with_pruning_before_keep_the_mask(monkeypatch, model_folder):
     for layer in layers.values():
         assert (layer.compressed().dequantize() == 0).float().mean() >= 0.5
     assert all(layer["grid"] == "int2-g32" and layer["kept"] <= 0.5 for layer in subject.details["layers"])
+
+
+@pytest.mark.parametrize("before, after", [("awq", None), ("rotate", None), (None, "distil")])
+def test_recipes_with_other_passes_run(monkeypatch, model_folder, before, after):
+    steps = [{"pass": name} for name in (before,) if name] + [{"pass": "signround", **SHORT}]
+    steps += [{"pass": after, "epochs": 1}] if after else []
+    subject = a_recipe(monkeypatch, str(model_folder()), steps)
+    assert {layer.grid.name for layer in packed_layers(subject.model).values()} == {"int2-g32"}
 
 
 @pytest.mark.parametrize(
