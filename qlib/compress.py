@@ -181,10 +181,8 @@ def _solve_linears(
         feeds = {names: _feed_all(made) for names, made in statistics.items() if any(made)}
         feed_groups(visit.block, visit.inputs, feeds)
         for names, made in statistics.items():
-            for name in names:
-                own = [(module, _planned(options, planned[name])) for module, options in steps]
-                solved = _solve_one(visit.block, name, visit.block.get_submodule(name), own, made)
-                layers[f"{visit.path}.{name}"] = {"name": f"{visit.path}.{name}"} | solved
+            for some, own in _together(names, steps, planned):
+                layers |= _solve(visit, some, own, made)
             for statistic in filter(None, made):
                 statistic.free()
     return layers
@@ -202,28 +200,53 @@ def _feed_all(statistics: list[Any]) -> Callable[[torch.Tensor], None]:
     return feed
 
 
-def _solve_one(
-    block: nn.Module, name: str, linear: nn.Linear, steps: list[Step], statistics: list[Any]
-) -> dict[str, Any]:
-    """Solve one linear with all steps, each starting from what the one before it left, and put the result in place."""
-    weight, mask = linear.weight.detach(), mask_of(linear)
+def _together(
+    names: tuple[str, ...], steps: list[Step], planned: dict[str, dict[str, Any]]
+) -> list[tuple[tuple[str, ...], list[Step]]]:
+    """Which linears of a group are solved as one: all, if every pass says ``TOGETHER`` and a plan keeps options alike."""
+    own = {name: [(module, _planned(options, planned[name])) for module, options in steps] for name in names}
+    alike = all(one == own[names[0]] for one in own.values())
+    if alike and all(hasattr(module, "TOGETHER") for module, _ in steps):
+        return [(names, own[names[0]])]
+    return [((name,), own[name]) for name in names]
+
+
+def _solve(visit: Visit, names: tuple[str, ...], steps: list[Step], statistics: list[Any]) -> dict[str, dict[str, Any]]:
+    """Solve linears, as one weight, with all steps, each starting from what the one before it left; put results in place."""
+    linears = [visit.block.get_submodule(name) for name in names]
+    weight, masks = torch.cat([linear.weight for linear in linears]), [mask_of(linear) for linear in linears]
+    mask = None
+    if any(one is not None for one in masks):
+        mask = torch.cat([torch.ones_like(l.weight, dtype=torch.bool) if m is None else m for l, m in zip(linears, masks)])
     solved = weight
     for (module, options), statistic in zip(steps, statistics):
         result = module.solve(solved, options, mask=mask, statistic=statistic)
         mask = result.mask if isinstance(result, PrunedWeight) else mask
         solved = result.dequantize()
-    figures = _figures(weight, solved, "bf16" if isinstance(result, PrunedWeight) else result.grid.name, mask)
-    for statistic in filter(None, statistics):
-        figures |= getattr(statistic, "notes", {})
+    layers, first = {}, 0
+    for name, linear, before in zip(names, linears, masks):
+        rows = slice(first, first + len(linear.weight))
+        own = result.rows(rows)
+        kept = own.mask if isinstance(own, PrunedWeight) else mask[rows] if before is not None else None
+        grid = "bf16" if isinstance(own, PrunedWeight) else own.grid.name
+        figures = {"name": f"{visit.path}.{name}"} | _figures(weight[rows], solved[rows], grid, kept)
+        for statistic in filter(None, statistics):
+            figures |= getattr(statistic, "notes", {})
+        layers[figures["name"]], first = figures, rows.stop
+        _put(visit.block, name, linear, own, kept)
+    return layers
+
+
+def _put(block: nn.Module, name: str, linear: nn.Linear, result: Any, mask: torch.Tensor | None) -> None:
+    """Write a pruned weight into the linear, or a packed layer into its place."""
     if isinstance(result, PrunedWeight):
         put_pruned(linear, result)
-        return figures
+        return
     parent, _, leaf = name.rpartition(".")
     packed = pack(linear, result)
     if mask is not None:
         mark_pruned(packed)
     setattr(block.get_submodule(parent), leaf, packed)
-    return figures
 
 
 def _figures(weight: torch.Tensor, solved: torch.Tensor, grid: str, mask: torch.Tensor | None) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 By scope, a pass has the function
 - `linear`: ``solve(weight, options, mask=None, statistic=None)`` and, if it feeds on data, the class
   ``Statistic(width, options)`` with ``feed(inputs [tokens, in])`` and ``free()``; returns a `CompressedWeight` or a
-  `PrunedWeight`. ``feeds(options)``, where there is one, says whether these options need data at all;
+  `PrunedWeight`. ``feeds(options)``, where there is one, says whether these options need data at all. With
+  ``TOGETHER = True`` linears that read the same inputs are solved as one weight, where a plan gives them the same options;
 - `block`: ``apply(block, options, context)``: changes the weights of a block in place (``PREPARES = True``: for a later
   pass that puts them on a grid), or puts packed layers into the places of its linears. ``TARGETS = True`` asks for what
   the uncompressed model makes of the same text;

@@ -56,14 +56,22 @@ def walk(model: nn.Module, ids: list[torch.Tensor], targets: bool = False, label
 
 
 def feed_groups(block: nn.Module, inputs: list[Batch], feeds: Mapping[tuple[str, ...], Feed]) -> None:
-    """Run a block and pass what reaches each group of linears, flattened to `[tokens, in]`, to the group's feed."""
+    """Run a block and pass what reaches each group of linears, flattened to `[tokens, in]`, to the group's feed.
+
+    Args:
+        feeds: by the names of the group, in the order the groups run: behind the last one nothing is computed.
+    """
     if inputs and feeds:
         with _listening(block, feeds):
-            run_block(block, inputs)
+            for batch in inputs:
+                try:
+                    run_block(block, [batch])
+                except _Reached:
+                    pass
 
 
 class _Reached(Exception):
-    """Ends a forward pass once the first block has been reached."""
+    """Ends a forward pass once what was waited for has been reached."""
 
 
 @torch.no_grad()
@@ -98,13 +106,19 @@ def run_block(block: nn.Module, batches: list[Batch]) -> list[Batch]:
 def _listening(block: nn.Module, feeds: Mapping[tuple[str, ...], Feed]) -> Iterator[None]:
     """Pass the inputs of each group's first linear to the group's feed."""
 
-    def hook(feed: Feed) -> Callable:
+    last = list(feeds)[-1]
+
+    def hook(names: tuple[str, ...], feed: Feed) -> Callable:
         def listen(module: nn.Module, args: tuple) -> None:  # what a hook returns would take the place of the input
             feed(args[0].flatten(0, -2))
+            if names == last:
+                raise _Reached
 
         return listen
 
-    handles = [block.get_submodule(names[0]).register_forward_pre_hook(hook(feed)) for names, feed in feeds.items()]
+    handles = [
+        block.get_submodule(names[0]).register_forward_pre_hook(hook(names, feed)) for names, feed in feeds.items()
+    ]
     try:
         yield
     finally:

@@ -44,6 +44,18 @@ INLINE __m512 widen16(const bf16 *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+INLINE __m512 round16(__m512 x) {  // to bf16 and back
+    __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
+INLINE float sum_of(const bf16 *x, long count) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    EACH(k, count) sum += widen(x[k]);
+    return sum;
+}
+
 INLINE __m512 even_halves(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 INLINE __m512 odd_halves(__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
@@ -139,6 +151,23 @@ void int8_dot(const int8_t *x, const float *row_scales, const int32_t *row_sums,
 
 enum { AHEAD = 4096 };  // bytes fetched before they are needed
 
+// One row: channel after channel, because one long stream is read faster than several side by side.
+INLINE float one_row(const float *x, const int8_t *w, const bf16 *scales, long in, long group) {
+    __m512 sum = _mm512_setzero_ps();
+    for (long start = 0; start < in; start += group) {
+        __m512 part[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (long k = start; k < start + group; k += 32) {
+            _mm_prefetch((const char *)w + k + AHEAD, _MM_HINT_T0);
+            EACH(half, 2) {
+                __m512i whole = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(w + k + 16 * half)));
+                part[half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_loadu_ps(x + k + 16 * half), part[half]);
+            }
+        }
+        sum = _mm512_fmadd_ps(_mm512_add_ps(part[0], part[1]), _mm512_set1_ps(widen(scales[start / group])), sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+}
+
 INLINE void rows_tile(const float *x, const int8_t *w, const bf16 *scales, long in, long group, float (*out)[WIDE],
                       const int tall) {
     __m512 sums[TALL][WIDE], part[TALL][WIDE];
@@ -172,17 +201,16 @@ void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *
     long groups = in / group;
     float *wide = malloc(sizeof(float) * rows * (in + groups)), *group_sums = wide + rows * in;
     EACH(i, rows * in) wide[i] = widen(x[i]);
-    EACH(i, rows * groups) {
-        group_sums[i] = 0;
-        EACH(k, group) group_sums[i] += wide[i * group + k];
-    }
+    if (offsets) EACH(i, rows * groups) group_sums[i] = sum_of(x + i * group, group);
 #pragma omp parallel for num_threads(threads)
     for (long n = 0; n < channels; n += WIDE)
         for (long first = 0; first < rows; first += TALL) {
             float sums[TALL][WIDE];
             long tall = LEAST(TALL, rows - first);
 #define TILE(t) rows_tile(wide + first * in, w + n * in, scales + n * groups, in, group, sums, t)
-            TILES(TILE)
+            if (tall > 1) TILES(TILE)
+            else EACH(j, WIDE)
+                sums[0][j] = one_row(wide + first * in, w + (n + j) * in, scales + (n + j) * groups, in, group);
 #undef TILE
             EACH(i, tall) EACH(j, WIDE) {
                 float value = sums[i][j];
@@ -198,25 +226,33 @@ void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *
 // A block is 64 channels, [in, 32] bytes: channel j in the low half of byte j, channel j + 32 in the high half.
 // Scales and zeros lie side by side: bf16 [groups, channels, 2].
 
-// One row. Two input channels at a time: vpermb sets their bytes side by side, vpermw looks codes up as bf16 numbers,
-// vdpbf16ps multiplies them with two activations. The zeros are multiplied with the activations' sum over a group.
+// 64 bytes are two input channels. vpermb with this order, and a mask for the odd bytes, sets those of 16 (or 32, in the
+// high halves) output channels side by side: 16 bits for the first input channel, 16 for the second.
+INLINE __m512i pair_order(long half) {
+    uint8_t places[64];
+    EACH(i, 64) places[i] = i / 4 + 16 * half + (i & 2 ? 32 : 0);
+    return _mm512_loadu_si512(places);
+}
+
+// One row. Two input channels at a time: vpermw looks codes up as bf16 numbers, vdpbf16ps multiplies them with two
+// activations. The zeros are multiplied with the activations' sum over a group.
 void int4_row(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, const bf16 *bias, bf16 *out, long in,
               long group, long channels, int threads) {
     bf16 numbers[32];
-    uint8_t places[2][64];
     long groups = in / group;
-    float *group_sums = calloc(groups, sizeof(float));
+    float *group_sums = malloc(sizeof(float) * groups);
     EACH(i, 32) numbers[i] = narrow(i % 16 - 8);  // twice, because vpermw reads five bits
-    EACH(half, 2) EACH(i, 64) places[half][i] = i / 4 + 16 * half + (i & 2 ? 32 : 0);  // odd ones are masked out
-    EACH(k, in) group_sums[k / group] += widen(x[k]);
-    const __m512i table = _mm512_loadu_si512(numbers);
-    const __m512i order[2] = {_mm512_loadu_si512(places[0]), _mm512_loadu_si512(places[1])};
+    EACH(g, groups) group_sums[g] = sum_of(x + g * group, group);
+    const __m512i table = _mm512_loadu_si512(numbers), order[2] = {pair_order(0), pair_order(1)};
 #pragma omp parallel for num_threads(threads)
     for (long n = 0; n < channels; n += 64) {
         const uint8_t *block = packed + n / 2 * in;
         __m512 sums[4], part[4];
         EACH(j, 4) sums[j] = _mm512_setzero_ps();
         EACH(g, groups) {
+            // the next group's lie far from these: at the end, the first ones of the next block
+            const bf16 *next = scales_zeros + (g + 1 < groups ? (g + 1) * channels + n : n + 64) * 2;
+            EACH(j, 4) _mm_prefetch((const char *)(next + j * 32), _MM_HINT_T0);
             EACH(j, 4) part[j] = _mm512_setzero_ps();
             for (long k = g * group; k < (g + 1) * group; k += 2) {
                 _mm_prefetch((const char *)block + k * 32 + AHEAD, _MM_HINT_T0);
@@ -246,12 +282,16 @@ void int4_row(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, co
     free(group_sums);
 }
 
-// The weights of `blocks` blocks from channel `first` on, rounded to bf16: out [in, 64 * blocks].
+// The weights of `blocks` blocks from channel `first` on, rounded to bf16, in the order of oneDNN's own kernels: out
+// [blocks, in / 2, 64, 2].
 void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, long in, long group, long channels,
                  long first, long blocks, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (long start = 0; start < in; start += group)
-        EACH(block, blocks) {
+    uint16_t places[32];
+    EACH(i, 32) places[i] = i / 2 + i % 2 * 16;
+    const __m512i zip = _mm512_loadu_si512(places), order[2] = {pair_order(0), pair_order(1)};
+#pragma omp parallel for collapse(2) num_threads(threads)
+    EACH(block, blocks)
+        for (long start = 0; start < in; start += group) {
             long n = first + block * 64;
             __m512 scale[4], zero[4];
             EACH(j, 4) {
@@ -259,23 +299,32 @@ void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, lon
                 scale[j] = even_halves(both);
                 zero[j] = _mm512_fnmadd_ps(_mm512_set1_ps(8), scale[j], odd_halves(both));
             }
-            for (long k = start; k < start + group; k++) {
-                const uint8_t *row = packed + n / 2 * in + k * 32;
-                bf16 *to = out + (k * blocks + block) * 64;
-                EACH(half, 2) {
-                    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)(row + 16 * half)));
-                    __m512 low = _mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(15)));
-                    __m512 high = _mm512_cvtepi32_ps(_mm512_srli_epi32(bytes, 4));
-                    low = _mm512_fmadd_ps(low, scale[half], zero[half]);
-                    high = _mm512_fmadd_ps(high, scale[half + 2], zero[half + 2]);
-                    _mm256_storeu_si256((void *)(to + 16 * half), (__m256i)_mm512_cvtneps_pbh(low));
-                    _mm256_storeu_si256((void *)(to + 32 + 16 * half), (__m256i)_mm512_cvtneps_pbh(high));
+            for (long k = start; k < start + group; k += 2) {
+                __m512i bytes = _mm512_loadu_si512(packed + n / 2 * in + k * 32);
+                EACH(j, 4) {  // low halves of the bytes are the first 32 channels
+                    __m512i codes = _mm512_permutexvar_epi8(order[j % 2], bytes);
+                    __m512 number[2];
+                    EACH(i, 2) {
+                        __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, 4 * (j / 2) + 16 * i), _mm512_set1_epi32(15));
+                        number[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale[j], zero[j]);
+                    }
+                    __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(number[1], number[0]);
+                    _mm512_storeu_si512(out + (block * in + k) * 64 + j * 32, _mm512_permutexvar_epi16(zip, pair));
                 }
             }
         }
 }
 
-// ---- the rest of a decoder block, for one token: short work, of which Python would make a long one ----
+// ---- decoder blocks, for one token: short work, of which Python would make a long one ----
+
+INLINE __m512 exp16(__m512 x) {  // 2^whole * e^rest, relative error below 3e-7
+    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88)), _mm512_set1_ps(-88));
+    __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x), sum = _mm512_set1_ps(1);
+    rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), rest);  // log 2 in two parts
+    for (int n = 7; n; n--) sum = _mm512_fmadd_ps(_mm512_div_ps(rest, _mm512_set1_ps(n)), sum, _mm512_set1_ps(1));
+    return _mm512_scalef_ps(sum, whole);
+}
 
 void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, float epsilon, long rows, long width, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 1)
@@ -302,7 +351,7 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *cos, const 
     for (long h = 0; h < heads; h++) {
         const bf16 *all_keys = keys + h * kv_heads / heads * capacity * dim;
         const bf16 *all_values = values + h * kv_heads / heads * capacity * dim;
-        float query[dim], mixed[dim], *scores = malloc(sizeof(float) * (used + 1)), most = -INFINITY, total = 0;
+        float query[dim], mixed[dim], *scores = malloc(sizeof(float) * (used + 16)), most = -INFINITY, total = 0;
         EACH(d, dim) {
             float other = widen(q[h * dim + (d + dim / 2) % dim]);
             query[d] = (widen(q[h * dim + d]) * widen(cos[d]) + other * widen(sin[d])) / sqrtf(dim);
@@ -315,12 +364,74 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *cos, const 
             scores[t] = _mm512_reduce_add_ps(sum);
             most = scores[t] > most ? scores[t] : most;
         }
+        for (long t = 0; t <= used; t += 16)  // the last ones may be past the end: never read
+            _mm512_storeu_ps(scores + t, exp16(_mm512_sub_ps(_mm512_loadu_ps(scores + t), _mm512_set1_ps(most))));
         EACH(t, used + 1) {
-            scores[t] = expf(scores[t] - most);
             total += scores[t];
             EACH(d, dim) mixed[d] += scores[t] * widen(all_values[t * dim + d]);
         }
         EACH(d, dim) out[h * dim + d] = narrow(mixed[d] / total);
         free(scores);
+    }
+}
+
+// A linear that multiplies one row. `kind`: 0 int4_row, 1 int8_rows, 2 int8_dot.
+typedef struct {
+    long kind, in, channels, group;
+    const void *codes;
+    const bf16 *scales, *bias;
+    const float *offsets;
+} linear;
+
+typedef struct {
+    linear q, k, v, o, gate, up, down;
+    const bf16 *first_norm, *second_norm;
+    bf16 *keys, *values;
+    long heads, kv_heads, dim, capacity;
+    float epsilon;
+} decoder_block;
+
+static void multiply(const linear *l, const bf16 *x, bf16 *out, int threads) {
+    if (l->kind == 0) int4_row(x, l->codes, l->scales, l->bias, out, l->in, l->group, l->channels, threads);
+    if (l->kind == 1)
+        int8_rows(x, l->codes, l->scales, l->offsets, l->bias, out, 1, l->in, l->group, l->channels, threads);
+    if (l->kind == 2) {
+        int8_t *codes = malloc(l->in);
+        float scale;
+        int32_t sum;
+        quantize_rows(x, codes, &scale, &sum, 1, l->in, 1);
+        int8_dot(codes, &scale, &sum, l->codes, l->scales, l->bias, out, 1, l->in, l->channels, threads);
+        free(codes);
+    }
+}
+
+static void add(bf16 *x, const bf16 *more, long count) { EACH(k, count) x[k] = narrow(widen(x[k]) + widen(more[k])); }
+
+// All blocks on one token x [hidden], in place. Values are rounded to bf16 wherever torch's operators round them.
+void decode(const decoder_block *blocks, bf16 *x, const bf16 *cos, const bf16 *sin, long count, long used, int threads) {
+    for (const decoder_block *b = blocks; b < blocks + count; b++) {
+        long hidden = b->q.in, wide = b->gate.channels, size = b->heads * b->dim, kv_size = b->kv_heads * b->dim;
+        bf16 *normed = malloc(sizeof(bf16) * 2 * (hidden + size + kv_size + wide)), *more = normed + hidden;
+        bf16 *q = more + hidden, *mixed = q + size, *k = mixed + size, *v = k + kv_size, *gate = v + kv_size;
+        bf16 *up = gate + wide;
+        rms_norm(x, b->first_norm, normed, b->epsilon, 1, hidden, threads);
+        multiply(&b->q, normed, q, threads);
+        multiply(&b->k, normed, k, threads);
+        multiply(&b->v, normed, v, threads);
+        attend(q, k, v, cos, sin, b->keys, b->values, mixed, b->heads, b->kv_heads, b->dim, b->capacity, used, threads);
+        multiply(&b->o, mixed, more, threads);
+        add(x, more, hidden);
+        rms_norm(x, b->second_norm, normed, b->epsilon, 1, hidden, threads);
+        multiply(&b->gate, normed, gate, threads);
+        multiply(&b->up, normed, up, threads);
+        for (long i = 0; i < wide; i += 16) {
+            __m512 one = _mm512_set1_ps(1), g = widen16(gate + i);
+            __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), g))));
+            silu = _mm512_mul_ps(round16(silu), widen16(up + i));
+            _mm256_storeu_si256((void *)(gate + i), (__m256i)_mm512_cvtneps_pbh(silu));
+        }
+        multiply(&b->down, gate, more, threads);
+        add(x, more, hidden);
+        free(normed);
     }
 }

@@ -37,6 +37,10 @@ class PrunedWeight:
         if self.mask.shape != self.weight.shape:
             raise UserError(misfit(self.mask, self.weight))
 
+    def rows(self, part: slice) -> "PrunedWeight":
+        """Some output channels."""
+        return PrunedWeight(self.weight[part], self.mask[part])
+
     def dequantize(self) -> torch.Tensor:
         """The fp32 weight `[out, in]` with zeros where the mask is false."""
         return torch.where(self.mask, self.weight.float(), 0.0)

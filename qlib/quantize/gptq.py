@@ -26,6 +26,7 @@ from qlib.quantize.grid import CompressedWeight, Grid, nearest_codes, nearest_st
 __all__ = ["Options", "SCOPE", "Statistic", "Factor", "factorize", "solve_columns", "solve"]
 
 SCOPE = "linear"
+TOGETHER = True
 
 #: How much more damping is tried when the Hessian cannot be factorized.
 MORE_DAMPING = (10, 100, 1000)

@@ -1,6 +1,6 @@
 """Weights on a grid: how a scale is fitted, how a float becomes a code, and what a code means."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,10 @@ class CompressedWeight:
     scales: torch.Tensor
     zeros: torch.Tensor
     tensor_scale: torch.Tensor | None = None
+
+    def rows(self, part: slice) -> "CompressedWeight":
+        """Some output channels."""
+        return replace(self, codes=self.codes[part], scales=self.scales[part], zeros=self.zeros[part])
 
     def dequantize(self) -> torch.Tensor:
         """The fp32 weight `[out, in]`: (code - zero) * scale, or the number a code stands for times scale."""
