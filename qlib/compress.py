@@ -9,6 +9,7 @@ from typing import Any, Callable
 import torch
 from torch import nn
 
+from qlib.allocator import keep_freed_memory
 from qlib.errors import UserError
 from qlib.evaluate.memory import track_peak
 from qlib.layers import PackedLinear, pack
@@ -39,6 +40,7 @@ def compress(subject: Subject, recipe: list[dict[str, Any]], calibration: Any = 
     Raises:
         UserError: the recipe does not fit the model, told before anything is changed.
     """
+    keep_freed_memory()
     steps = read_recipe(recipe)
     check_recipe(subject, steps)
     context = Context(_calibration_ids(subject, steps, calibration, seed), seed)
