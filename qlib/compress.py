@@ -220,16 +220,16 @@ def _solve(visit: Visit, names: tuple[str, ...], steps: list[Step], statistics: 
     mask = None
     if any(one is not None for one in masks):
         mask = torch.cat([torch.ones_like(l.weight, dtype=torch.bool) if m is None else m for l, m in zip(linears, masks)])
-    solved = weight
+    solved, pruned = weight, [one is not None for one in masks]
     for (module, options), statistic in zip(steps, statistics):
         result = module.solve(solved, options, mask=mask, statistic=statistic)
-        mask = result.mask if isinstance(result, PrunedWeight) else mask
+        if isinstance(result, PrunedWeight):
+            mask, pruned = result.mask, [True] * len(linears)
         solved = result.dequantize()
     layers, first = {}, 0
-    for name, linear, before in zip(names, linears, masks):
+    for name, linear, masked in zip(names, linears, pruned):
         rows = slice(first, first + len(linear.weight))
-        own = result.rows(rows)
-        kept = own.mask if isinstance(own, PrunedWeight) else mask[rows] if before is not None else None
+        own, kept = result.rows(rows), mask[rows] if masked else None
         grid = "bf16" if isinstance(own, PrunedWeight) else own.grid.name
         figures = {"name": f"{visit.path}.{name}"} | _figures(weight[rows], solved[rows], grid, kept)
         for statistic in filter(None, statistics):

@@ -23,4 +23,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(not keep_freed_memory(), reason="the C library has no mallopt")
 def test_freed_memory_is_used_again_without_page_faults():
     count = {keep: int(subprocess.check_output([sys.executable, "-c", FAULTS.format(keep=keep)])) for keep in (False, True)}
-    assert count[True] < 100 < 20 * 1000 < count[False] or count[False] < 100  # a machine may do so by itself
+    assert count[True] < 100 and count[True] <= count[False]

@@ -7,6 +7,8 @@ from qlib.compress import compress
 from qlib.errors import UserError
 from qlib.layers import packed_layers
 from qlib.models.load import load
+from qlib.params import Calibration
+from qlib.prune.mask import mask_of
 from qlib.quantize import rtn
 from qlib.recipe import find_pass, pass_names, read_recipe
 
@@ -68,3 +70,21 @@ def test_the_seed_of_the_caller_is_left_alone(model_folder):
     folder, state = str(model_folder()), torch.get_rng_state()
     compress(load(folder), [{"pass": "rtn", "bits": 4, "group_size": 32}], seed=5)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_one_pass_pruned_is_known_to_be_pruned_after_the_next_has_rounded_it(model_folder):
+    rtn_2_bits = {"pass": "rtn", "bits": 2, "group_size": 32}
+    subject = compress(load(str(model_folder())), [{"pass": "magnitude", "sparsity": 0.5}, rtn_2_bits])
+    for layer in packed_layers(subject.model).values():
+        assert (~mask_of(layer)).float().mean() >= 0.5
+
+
+def test_linears_that_read_the_same_inputs_come_out_as_they_would_alone(model_folder, monkeypatch):
+    recipe, found = [{"pass": "magnitude", "sparsity": 0.3}, {"pass": "gptq", "bits": 3, "group_size": 32}], []
+    for together in (True, False):
+        if not together:
+            monkeypatch.delattr(find_pass("gptq"), "TOGETHER")
+        subject = compress(load(str(model_folder())), recipe, Calibration(samples=4, length=32))
+        found.append({name: layer.compressed().dequantize() for name, layer in packed_layers(subject.model).items()})
+    for name, weight in found[0].items():
+        torch.testing.assert_close(weight, found[1][name])
