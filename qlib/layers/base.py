@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qlib.layers import native
 from qlib.quantize.grid import CompressedWeight, Grid
 
 __all__ = ["PackedLinear", "channels_at_once", "hold_bits", "round_tokens", "SCRATCH_BYTES"]
@@ -61,6 +62,10 @@ class PackedLinear(nn.Module):
     def expand_multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Dequantize a few output channels at a time, multiply `x [rows, in]` with them -> `[rows, out]`."""
         raise NotImplementedError
+
+    def row_kernel(self) -> native.RowKernel | None:
+        """What multiplies one row inside `native.Blocks`, without the bias; None: only this layer itself can."""
+        return None
 
     def kernel(self, rows: int) -> str:
         """Name of the kernel that `rows` rows of bf16 activations run."""

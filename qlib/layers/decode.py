@@ -10,6 +10,7 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.layers import native
+from qlib.layers.base import PackedLinear
 from qlib.models.families import blocks_of, family_of
 
 __all__ = ["Decoder", "Cache", "rotary_tables", "run_block"]
@@ -99,7 +100,25 @@ class Decoder:
         dim = self.blocks[0].self_attn.head_dim
         self.rotary = rotary_tables(model.model.rotary_emb, tokens, self.norm.weight)
         self.caches = [Cache(config.num_key_value_heads, tokens, dim, self.norm.weight) for _ in self.blocks]
-        self.used = 0
+        self.used, self.own = 0, self._own_blocks()
+
+    def _own_blocks(self) -> native.Blocks | None:
+        """All blocks as one call, if kernels of our own take every part of them."""
+        found, epsilons, widths = [], set(), {len(self.norm.weight)}
+        for block, cache in zip(self.blocks, self.caches):
+            attention, mlp = block.self_attn, block.mlp
+            linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+            linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+            kernels = [linear.row_kernel() if isinstance(linear, PackedLinear) else None for linear in linears]
+            if None in kernels:
+                return None
+            norms = [block.input_layernorm, block.post_attention_layernorm]
+            epsilons |= {norm.variance_epsilon for norm in norms}
+            widths |= {mlp.gate_proj.out_features, cache.keys.shape[-1]}
+            biases = [linear.bias for linear in linears]
+            found.append((list(zip(kernels, biases)), [norm.weight for norm in norms], [cache.keys, cache.values]))
+        short = all(_is_short_work(self.norm.weight, width) for width in widths)
+        return native.Blocks(found, *epsilons) if short and len(epsilons) == 1 else None
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
@@ -109,8 +128,11 @@ class Decoder:
         """
         cos, sin = (table[self.used : self.used + len(ids)] for table in self.rotary)
         x = self.embedding(ids)
-        for block, cache in zip(self.blocks, self.caches):
-            x = run_block(block, x, (cos, sin), cache, self.used)
+        if self.own and len(ids) == 1:
+            x = self.own(x, (cos, sin), self.used)
+        else:
+            for block, cache in zip(self.blocks, self.caches):
+                x = run_block(block, x, (cos, sin), cache, self.used)
         self.used += len(ids)
         return self.head(_norm(self.norm, x[-1:]))[0]
 

@@ -5,18 +5,16 @@ channel holds output channel j in its low half and channel j + block / 2 in its 
 not full, holds channels 2j and 2j + 1 instead. Nothing documents this, so `block_rows` checks it against torch itself.
 """
 
+import ctypes
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
 from qlib.layers import native
-from qlib.layers.base import SCRATCH_BYTES
+from qlib.layers.base import SCRATCH_BYTES, channels_at_once
 
 __all__ = ["pack", "unpack", "block_rows", "expands_natively", "expand_multiply"]
-
-#: Output channels that our kernel dequantizes at a time: their weights stay in the cache until they are multiplied.
-TILE = 128
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -64,7 +62,24 @@ def _find_block_rows() -> int | None:
 
 def expands_natively() -> bool:
     """Whether our own kernel dequantizes blocks here."""
-    return block_rows() == 64 and not native.missing()
+    return block_rows() == 64 and not native.missing() and _knows_tiles()
+
+
+expands_natively._dynamo_marked_constant = True
+
+
+@lru_cache(maxsize=None)
+def _knows_tiles() -> bool:
+    """Whether oneDNN keeps weights in the order `native.int4_expand` writes them: undocumented too, so asked."""
+    ops = torch.ops.mkldnn
+    if not (hasattr(ops, "data_ptr") and ops._is_mkldnn_bf16_supported()):
+        return False
+    weight = torch.arange(128 * 96, dtype=torch.int16).view(128, 96)
+    tile = ops._reorder_linear_weight(weight.view(torch.bfloat16), None)
+    if ops._nbytes(tile) != 2 * weight.numel():
+        return False
+    held = torch.frombuffer((ctypes.c_int16 * weight.numel()).from_address(ops.data_ptr(tile)), dtype=torch.int16)
+    return torch.equal(held, weight.view(2, 64, 48, 2).transpose(1, 2).flatten())
 
 
 def expand_multiply(
@@ -94,13 +109,14 @@ def expand_multiply(
 
 def _multiply_own(x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Tensor, out: torch.Tensor) -> None:
     """Fill the columns of whole blocks of `out [rows, out]`: one tile of weights after the other, in the cache."""
-    width = min(len(packed), TILE)
-    tile = x.new_empty(x.shape[1] * width)
+    # measured: with few rows making room costs most, with many reading them again for every tile
+    width = min(len(packed), channels_at_once(x.shape[1]), max(128, len(x) // 256 * 64))
     for start in range(0, len(packed), width):
         columns = min(width, len(packed) - start)
-        weight = tile[: x.shape[1] * columns].view(-1, columns)
-        native.int4_expand(packed, scales_zeros, start, weight)
-        torch.mm(x, weight, out=out[:, start : start + columns])
+        if start == 0 or columns < width:
+            tile = torch.ops.mkldnn._reorder_linear_weight(x.new_empty(columns, x.shape[1]), None)
+        native.int4_expand(packed, scales_zeros, start, columns, torch.ops.mkldnn.data_ptr(tile))
+        out[:, start : start + columns] = torch.ops.mkldnn._linear_pointwise(x, tile, None, "none", [], "")
 
 
 def _multiply_eager(x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Tensor, out: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ class Int8Linear(PackedLinear):
 
     #: Measured on a CPU: from about 20 rows on, converting codes to bf16 and multiplying is faster.
     packed_rows = 20
+    own_kernel = "int8_rows"
 
     def __init__(self, compressed: CompressedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__(compressed.grid, tuple(compressed.codes.shape), bias)
@@ -76,6 +77,12 @@ class Int8Linear(PackedLinear):
     def runs_packed(self, rows: int) -> bool:
         return super().runs_packed(rows) and (self._has_own_kernel() or self._has_torch_kernel())
 
+    def row_kernel(self) -> native.RowKernel | None:
+        if not self._has_own_kernel():
+            return None
+        group = self.in_features // self._scales.shape[1]
+        return native.RowKernel(self.own_kernel, group, self.codes, self._scales, self._offsets)
+
     def kernel(self, rows: int) -> str:
         if not self.runs_packed(rows):
             return "int8 codes to bf16, then matmul"
@@ -113,6 +120,7 @@ class Int8DynamicLinear(Int8Linear):
     """
 
     packed_rows = 2**31  # however many rows: int8 products are the fastest there are
+    own_kernel = "int8_dot"
 
     @staticmethod
     def fits(grid: Grid, in_features: int) -> bool:

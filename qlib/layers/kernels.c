@@ -84,6 +84,7 @@ void quantize_rows(const bf16 *x, int8_t *codes, float *scales, int32_t *sums, l
 
 // Channels whose codes stay in the second-level cache; input channels and rows summed before moving on.
 enum { PANEL = 64, DEPTH = 4096, BLOCK = 256 };
+enum { AHEAD = 4096 };  // bytes fetched before they are needed
 
 INLINE __m512i add_neighbours(__m512i a, __m512i b) {
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -97,13 +98,14 @@ INLINE __m128i sum_each(const __m512i *four) {  // the sums of four vectors
 }
 
 // vpdpbusd wants one side unsigned: 128 is added to the weights' codes, and taken off at the end.
-INLINE void dot_step(const int8_t *x, const int8_t *w, long in, __mmask64 keep, __m512i (*sums)[WIDE], const int tall) {
+INLINE void dot_step(const int8_t *x, const int8_t *w, long in, __mmask64 keep, __m512i (*sums)[WIDE], const int tall,
+                     const int wide) {
     __m512i weight[WIDE];
-    EACH(j, WIDE) weight[j] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(keep, w + j * in), _mm512_set1_epi8((char)128));
+    EACH(j, wide) weight[j] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(keep, w + j * in), _mm512_set1_epi8((char)128));
     EACH(i, tall) {
         __m512i row = _mm512_maskz_loadu_epi8(keep, x + i * in);
         // by hand, because gcc spills the sums when it uses _mm512_dpbusd_epi32
-        EACH(j, WIDE) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i][j]) : "v"(weight[j]), "v"(row));
+        EACH(j, wide) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i][j]) : "v"(weight[j]), "v"(row));
     }
 }
 
@@ -111,12 +113,22 @@ INLINE void dot_tile(const int8_t *x, const int8_t *w, long in, long depth, int3
     __m512i sums[TALL][WIDE];
     long k = 0;
     EACH(i, tall) EACH(j, WIDE) sums[i][j] = _mm512_setzero_si512();
-    for (; k + 64 <= depth; k += 64) dot_step(x + k, w + k, in, ~0ull, sums, tall);
-    if (k < depth) dot_step(x + k, w + k, in, (1ull << (depth - k)) - 1, sums, tall);
+    for (; k + 64 <= depth; k += 64) dot_step(x + k, w + k, in, ~0ull, sums, tall, WIDE);
+    if (k < depth) dot_step(x + k, w + k, in, (1ull << (depth - k)) - 1, sums, tall, WIDE);
     EACH(i, tall) {
         __m128i *at = (__m128i *)(out + i * PANEL);
         _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), sum_each(sums[i])));
     }
+}
+
+// For one row a channel after the other, because one long stream is read faster than several side by side.
+INLINE void dot_channel(const int8_t *x, const int8_t *w, long in, long depth, __m512i (*sums)[WIDE], const int tall) {
+    long k = 0;
+    for (; k + 64 <= depth; k += 64) {
+        _mm_prefetch((const char *)w + k + AHEAD, _MM_HINT_T0);
+        dot_step(x + k, w + k, in, ~0ull, sums, tall, 1);
+    }
+    if (k < depth) dot_step(x + k, w + k, in, (1ull << (depth - k)) - 1, sums, tall, 1);
 }
 
 void int8_dot(const int8_t *x, const float *row_scales, const int32_t *row_sums, const int8_t *w, const bf16 *scales,
@@ -129,7 +141,12 @@ void int8_dot(const int8_t *x, const float *row_scales, const int32_t *row_sums,
         for (long first = 0; first < rows; first += BLOCK) {
             long block = LEAST(BLOCK, rows - first);
             memset(sums, 0, sizeof(int32_t) * block * PANEL);
-            for (long k = 0; k < in; k += stretch)
+            if (rows == 1) EACH(j, wide) {
+                __m512i sum[1][WIDE] = {{_mm512_setzero_si512()}};
+                dot_channel(x, w + (n + j) * in, in, in, sum, 1);
+                sums[j] = _mm512_reduce_add_epi32(sum[0][0]);
+            }
+            else for (long k = 0; k < in; k += stretch)
                 for (long m = 0; m < block; m += TALL)
                     for (long j = 0; j < wide; j += WIDE) {
                         long tall = LEAST(TALL, block - m), depth = LEAST(stretch, in - k);
@@ -149,23 +166,51 @@ void int8_dot(const int8_t *x, const float *row_scales, const int32_t *row_sums,
 
 // ---- int8 weights for a few rows of bf16 activations: reading the weights is all that counts ----
 
-enum { AHEAD = 4096 };  // bytes fetched before they are needed
+// One row is fixed-point numbers of 24 bits, as fine as sums in fp32 are: three int8 digits, multiplied exactly. They
+// must fit into the first-level cache; and groups of few channels are not worth the trouble.
+enum { DIGITS = 3, BITS = 22, LONGEST = 12288, LEAST_GROUP = 512 };
 
-// One row: channel after channel, because one long stream is read faster than several side by side.
-INLINE float one_row(const float *x, const int8_t *w, const bf16 *scales, long in, long group) {
-    __m512 sum = _mm512_setzero_ps();
-    for (long start = 0; start < in; start += group) {
-        __m512 part[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (long k = start; k < start + group; k += 32) {
-            _mm_prefetch((const char *)w + k + AHEAD, _MM_HINT_T0);
-            EACH(half, 2) {
-                __m512i whole = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(w + k + 16 * half)));
-                part[half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole), _mm512_loadu_ps(x + k + 16 * half), part[half]);
-            }
+// x = (digit 0 + 256 * digit 1 + 65536 * digit 2) * the unit that is returned; digits is [DIGITS, in]. What sums of a
+// group start with, [groups, DIGITS], takes off what dot_step adds to the weights.
+static float split_row(const bf16 *x, int8_t *digits, __m512i *starts, long in, long group) {
+    bf16 largest = 0;
+#pragma omp simd reduction(max : largest)
+    EACH(k, in) largest = (x[k] & 0x7fff) > largest ? x[k] & 0x7fff : largest;
+    if (largest >= 0x7f80) return NAN;  // infinite, or no number
+    float unit = largest ? ldexpf(1, ilogbf(widen(largest)) + 1 - BITS) : 1;
+    for (long k = 0; k < in; k += 16) {
+        __m512i whole = _mm512_cvtps_epi32(_mm512_div_ps(widen16(x + k), _mm512_set1_ps(unit)));  // rounds
+        EACH(p, DIGITS) {
+            __m128i digit = _mm512_cvtepi32_epi8(whole);  // the low byte
+            _mm_storeu_si128((void *)(digits + p * in + k), digit);
+            whole = _mm512_srai_epi32(_mm512_sub_epi32(whole, _mm512_cvtepi8_epi32(digit)), 8);
         }
-        sum = _mm512_fmadd_ps(_mm512_add_ps(part[0], part[1]), _mm512_set1_ps(widen(scales[start / group])), sum);
     }
-    return _mm512_reduce_add_ps(sum);
+    for (long start = 0; start < in; start += group)
+        EACH(p, DIGITS) {
+            __m512i sum = _mm512_setzero_si512();
+            for (long k = start; k < start + group; k += 32) {
+                __m512i some = _mm512_zextsi256_si512(_mm256_loadu_si256((const void *)(digits + p * in + k)));
+                sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8((char)128), some);
+            }
+            *starts++ = _mm512_sub_epi32(_mm512_setzero_si512(), sum);
+        }
+    return unit;
+}
+
+INLINE float digits_row(const int8_t *digits, const __m512i *starts, const int8_t *w, const bf16 *scales, long in,
+                        long group) {
+    __m512 total = _mm512_setzero_ps();
+    EACH(g, in / group) {
+        __m512i sums[DIGITS][WIDE];
+        __m512 sum = _mm512_setzero_ps();
+        EACH(p, DIGITS) sums[p][0] = _mm512_load_si512(starts + g * DIGITS + p);
+        dot_channel(digits + g * group, w + g * group, in, group, sums, DIGITS);
+        for (long p = DIGITS - 1; p >= 0; p--)
+            sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sums[p][0]));
+        total = _mm512_fmadd_ps(sum, _mm512_set1_ps(widen(scales[g])), total);
+    }
+    return _mm512_reduce_add_ps(total);
 }
 
 INLINE void rows_tile(const float *x, const int8_t *w, const bf16 *scales, long in, long group, float (*out)[WIDE],
@@ -199,8 +244,13 @@ INLINE void rows_tile(const float *x, const int8_t *w, const bf16 *scales, long 
 void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *offsets, const bf16 *bias, bf16 *out,
                long rows, long in, long group, long channels, int threads) {
     long groups = in / group;
-    float *wide = malloc(sizeof(float) * rows * (in + groups)), *group_sums = wide + rows * in;
-    EACH(i, rows * in) wide[i] = widen(x[i]);
+    float *wide = aligned_alloc(64, (sizeof(float) * rows * (in + groups) | 63) + 1);  // a vector in one cache line
+    float *group_sums = wide + rows * in, unit = 0;
+    int8_t *digits = (int8_t *)wide;
+    int splits = rows == 1 && in <= LONGEST && group >= LEAST_GROUP;
+    __m512i *starts = splits ? aligned_alloc(64, 64 * DIGITS * groups) : NULL;
+    if (splits) unit = split_row(x, digits, starts, in, group);
+    else EACH(i, rows * in) wide[i] = widen(x[i]);
     if (offsets) EACH(i, rows * groups) group_sums[i] = sum_of(x + i * group, group);
 #pragma omp parallel for num_threads(threads)
     for (long n = 0; n < channels; n += WIDE)
@@ -208,9 +258,9 @@ void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *
             float sums[TALL][WIDE];
             long tall = LEAST(TALL, rows - first);
 #define TILE(t) rows_tile(wide + first * in, w + n * in, scales + n * groups, in, group, sums, t)
-            if (tall > 1) TILES(TILE)
-            else EACH(j, WIDE)
-                sums[0][j] = one_row(wide + first * in, w + (n + j) * in, scales + (n + j) * groups, in, group);
+            if (splits) EACH(j, WIDE)
+                sums[0][j] = unit * digits_row(digits, starts, w + (n + j) * in, scales + (n + j) * groups, in, group);
+            else TILES(TILE)
 #undef TILE
             EACH(i, tall) EACH(j, WIDE) {
                 float value = sums[i][j];
@@ -220,14 +270,15 @@ void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *
             }
         }
     free(wide);
+    free(starts);
 }
 
 // ---- int4 as torch's CPU kernel keeps it (int4_blocks.py), weight = (code - 8) * scale + zero ----
 // A block is 64 channels, [in, 32] bytes: channel j in the low half of byte j, channel j + 32 in the high half.
 // Scales and zeros lie side by side: bf16 [groups, channels, 2].
 
-// 64 bytes are two input channels. vpermb with this order, and a mask for the odd bytes, sets those of 16 (or 32, in the
-// high halves) output channels side by side: 16 bits for the first input channel, 16 for the second.
+// 64 bytes are two input channels. vpermb with this order sets those of 16 output channels (and of 16 more in the high
+// halves) side by side, 16 bits for each input channel; the odd bytes mean nothing.
 INLINE __m512i pair_order(long half) {
     uint8_t places[64];
     EACH(i, 64) places[i] = i / 4 + 16 * half + (i & 2 ? 32 : 0);
@@ -305,7 +356,8 @@ void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, lon
                     __m512i codes = _mm512_permutexvar_epi8(order[j % 2], bytes);
                     __m512 number[2];
                     EACH(i, 2) {
-                        __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, 4 * (j / 2) + 16 * i), _mm512_set1_epi32(15));
+                        __m512i code = _mm512_srli_epi32(codes, 4 * (j / 2) + 16 * i);
+                        code = _mm512_and_si512(code, _mm512_set1_epi32(15));
                         number[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale[j], zero[j]);
                     }
                     __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(number[1], number[0]);
@@ -322,7 +374,7 @@ INLINE __m512 exp16(__m512 x) {  // 2^whole * e^rest, relative error below 3e-7
     __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x), sum = _mm512_set1_ps(1);
     rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), rest);  // log 2 in two parts
-    for (int n = 7; n; n--) sum = _mm512_fmadd_ps(_mm512_div_ps(rest, _mm512_set1_ps(n)), sum, _mm512_set1_ps(1));
+    for (int n = 7; n; n--) sum = _mm512_fmadd_ps(_mm512_mul_ps(rest, _mm512_set1_ps(1.f / n)), sum, _mm512_set1_ps(1));
     return _mm512_scalef_ps(sum, whole);
 }
 
@@ -396,7 +448,7 @@ static void multiply(const linear *l, const bf16 *x, bf16 *out, int threads) {
     if (l->kind == 1)
         int8_rows(x, l->codes, l->scales, l->offsets, l->bias, out, 1, l->in, l->group, l->channels, threads);
     if (l->kind == 2) {
-        int8_t *codes = malloc(l->in);
+        int8_t *codes = aligned_alloc(64, (l->in | 63) + 1);
         float scale;
         int32_t sum;
         quantize_rows(x, codes, &scale, &sum, 1, l->in, 1);
@@ -408,7 +460,8 @@ static void multiply(const linear *l, const bf16 *x, bf16 *out, int threads) {
 static void add(bf16 *x, const bf16 *more, long count) { EACH(k, count) x[k] = narrow(widen(x[k]) + widen(more[k])); }
 
 // All blocks on one token x [hidden], in place. Values are rounded to bf16 wherever torch's operators round them.
-void decode(const decoder_block *blocks, bf16 *x, const bf16 *cos, const bf16 *sin, long count, long used, int threads) {
+void decode(const decoder_block *blocks, bf16 *x, const bf16 *cos, const bf16 *sin, long count, long used,
+            int threads) {
     for (const decoder_block *b = blocks; b < blocks + count; b++) {
         long hidden = b->q.in, wide = b->gate.channels, size = b->heads * b->dim, kv_size = b->kv_heads * b->dim;
         bf16 *normed = malloc(sizeof(bf16) * 2 * (hidden + size + kv_size + wide)), *more = normed + hidden;

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +18,10 @@ import torch
 
 from qlib.paths import cache_folder
 
-__all__ = ["missing", "takes", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "rms_norm", "attend"]
+__all__ = [
+    "missing", "takes", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "rms_norm", "attend",
+    "RowKernel", "Blocks",
+]  # fmt: skip
 
 SOURCE = Path(__file__).with_name("kernels.c")
 #: Contracting a product and a sum would make numbers depend on the compiler.
@@ -26,7 +30,7 @@ BUILD_SECONDS = 120
 #: What every function takes: pointers, counts, a float; the number of threads comes last.
 ARGUMENTS = {
     "quantize_rows": "ppppnn", "int8_dot": "pppppppnnn", "int8_rows": "ppppppnnnn", "int4_row": "pppppnnn",
-    "int4_expand": "pppnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn",
+    "int4_expand": "pppnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
 }  # fmt: skip
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
 
@@ -134,9 +138,12 @@ def _int4_row(
     return out
 
 
-def int4_expand(packed: torch.Tensor, scales_zeros: torch.Tensor, first: int, out: torch.Tensor) -> None:
-    """Write the bf16 weights of the output channels from `first` on, a multiple of 64, to `out [in, channels]`."""
-    in_features, channels = out.shape
+def int4_expand(packed: torch.Tensor, scales_zeros: torch.Tensor, first: int, channels: int, out: int) -> None:
+    """Write the bf16 weights of `channels` output channels from `first` on, multiples of 64, to the address `out`.
+
+    They are written in the order of oneDNN's own kernels, `[channels / 64, in / 2, 64, 2]`.
+    """
+    in_features = 2 * packed.shape[1]
     group = in_features // len(scales_zeros)
     _call("int4_expand", packed, scales_zeros, out, in_features, group, len(packed), first, channels // 64)
 
@@ -165,6 +172,66 @@ def attend(
     out, (kv_heads, capacity, dim) = torch.empty_like(q), keys.shape
     _call("attend", q, k, v, *rotary, keys, values, out, q.shape[1] // dim, kv_heads, dim, capacity, used)
     return out
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """What multiplies one row with a packed linear: the kernel (see `KINDS`), its group, codes, scales and offsets."""
+
+    kind: str
+    group: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+    offsets: torch.Tensor | None = None
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("kind", "in_", "channels", "group")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("codes", "scales", "bias", "offsets")]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [(name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("first_norm", "second_norm", "keys", "values")]
+    _fields_ += [(name, ctypes.c_long) for name in ("heads", "kv_heads", "dim", "capacity")]
+    _fields_ += [("epsilon", ctypes.c_float)]
+
+
+#: The numbers that kernels.c knows the kernels of one row by.
+KINDS = {"int4_row": 0, "int8_rows": 1, "int8_dot": 2}
+
+
+class Blocks:
+    """Decoder blocks that run as one call for one token; their weights are taken as they are now.
+
+    Args:
+        blocks: of each the linears q, k, v, o, gate, up and down (kernel, bias), its two norms (the same epsilon), and
+            the cache, keys and values bf16 `[kv_heads, capacity, dim]`. Widths and dim are multiples of 16.
+    """
+
+    def __init__(
+        self,
+        blocks: list[tuple[list[tuple[RowKernel, torch.Tensor | None]], list[torch.Tensor], list[torch.Tensor]]],
+        epsilon: float,
+    ) -> None:
+        self.held = blocks  # the addresses below are theirs
+        self.structures = (_Block * len(blocks))()
+        for structure, (linears, norms, (keys, values)) in zip(self.structures, blocks):
+            for (name, _), (kernel, bias) in zip(_Block._fields_, linears):
+                channels, width = len(kernel.codes), kernel.codes.shape[1] * (2 if kernel.kind == "int4_row" else 1)
+                tensors = (kernel.codes, kernel.scales, bias, kernel.offsets)
+                addresses = (None if one is None else one.data_ptr() for one in tensors)
+                setattr(structure, name, _Linear(KINDS[kernel.kind], width, channels, kernel.group, *addresses))
+            structure.first_norm, structure.second_norm = (norm.data_ptr() for norm in norms)
+            structure.keys, structure.values = keys.data_ptr(), values.data_ptr()
+            structure.kv_heads, structure.capacity, structure.dim = keys.shape
+            structure.heads, structure.epsilon = structure.o.in_ // structure.dim, epsilon
+
+    def __call__(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], used: int) -> torch.Tensor:
+        """bf16 `x [1, hidden]` behind all blocks. `rotary`, `used`: see `attend`."""
+        x = x.clone()
+        _call("decode", ctypes.addressof(self.structures), x, *rotary, len(self.structures), used)
+        return x
 
 
 def _operator(name: str, schema: str, function) -> torch._ops.OpOverload:

@@ -68,6 +68,32 @@ def test_a_packed_model_in_bf16(kernels):
     assert (found.float() - exact).norm() < 0.03 * exact.norm()
 
 
+@pytest.mark.parametrize("format", ("int4-g32", "int3-g64", "int8", "int8-a8"))
+def test_blocks_in_one_call_say_what_operators_say(format):
+    if native.missing():
+        pytest.skip(native.missing())
+    shape, random = Shape("tiny", 2, 64, 4, 2, 192, 99, tied=True, head_dim=32), torch.Generator().manual_seed(0)
+    model = parts.build_model(shape, format, PlainLinear, random)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.copy_(1 + 0.3 * torch.randn(parameter.shape, generator=random))
+    one, other = Decoder(model, 20), Decoder(model, 20)
+    assert one.own is not None
+    other.own, ids = None, torch.randint(99, (20,), generator=random)
+    steps = [ids[:3], *ids[3:, None]]
+    found, wanted = (torch.stack([decoder(step) for step in steps]) for decoder in (one, other))
+    assert (found - wanted).norm() <= 2**-7 * wanted.norm()
+    assert torch.equal(one.caches[0].values, other.caches[0].values)
+
+
+def test_blocks_with_a_plain_linear_are_not_one_call():
+    shape, random = Shape("tiny", 2, 64, 4, 2, 128, 99, tied=True, head_dim=16), torch.Generator().manual_seed(0)
+    model = parts.build_model(shape, "int8", PlainLinear, random)
+    assert (Decoder(model, 8).own is None) == bool(native.missing())
+    model.model.layers[1].mlp.up_proj = PlainLinear(torch.randn(128, 64).bfloat16())
+    assert Decoder(model, 8).own is None and Decoder(model, 8)(torch.tensor([1])).isfinite().all()
+
+
 def test_own_attention_and_norm_are_those_of_torch():
     if native.missing():
         pytest.skip(native.missing())

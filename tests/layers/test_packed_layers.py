@@ -148,6 +148,25 @@ def test_integers_are_summed_exactly_at_the_ends_of_their_range(rows, kernels):
 
 
 @pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+@pytest.mark.parametrize("in_features, groups", ((864, 1), (8192 + 4128, 1), (3 * 544, 3), (512, 4), (32, 1)))
+def test_one_row_of_weight_only_int8_is_as_exact_as_fp32(in_features, groups):
+    """Activations of very different sizes, one of them far larger than all others: none is rounded to 8 bits."""
+    codes = torch.randint(-128, 128, (12, in_features), dtype=torch.int8)
+    codes[0], codes[1] = -128, 127
+    scales, offsets = (torch.rand(12, groups) + 0.5).bfloat16(), torch.randn(12, groups)
+    for x in (torch.randn(in_features), torch.randn(in_features).exp2() * 1e-3, torch.ones(in_features) * 1e30):
+        x = x.bfloat16()
+        x[5] *= 1000
+        found = native.int8_rows(x[None], codes, scales, offsets)[0].double()
+        weight = codes.double().unflatten(1, (groups, -1)) * scales[..., None].double() + offsets[..., None].double()
+        wanted, size = weight.flatten(1) @ x.double(), weight.flatten(1).abs() @ x.double().abs()
+        assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 2**-19 * size).all()
+    x[3] = float("inf")
+    assert not native.int8_rows(x[None], codes, scales).isfinite().any()
+    assert (native.int8_rows(torch.zeros_like(x[None]), codes, scales) == 0).all()
+
+
+@pytest.mark.skipif(bool(native.missing()), reason=native.missing())
 def test_own_kernels_round_activations_bit_by_bit_like_the_exact_path():
     x = (torch.randn(33, 200) * torch.logspace(-4, 4, 33)[:, None]).bfloat16()
     x[5] = 0
