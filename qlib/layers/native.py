@@ -20,7 +20,7 @@ from qlib.paths import cache_folder
 
 __all__ = [
     "missing", "takes", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "rms_norm", "attend",
-    "RowKernel", "Blocks",
+    "round_columns", "RowKernel", "Blocks",
 ]  # fmt: skip
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -31,6 +31,7 @@ BUILD_SECONDS = 120
 ARGUMENTS = {
     "quantize_rows": "ppppnn", "int8_dot": "pppppppnnn", "int8_rows": "ppppppnnnn", "int4_row": "pppppnnn",
     "int4_expand": "pppnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
+    "round_columns": "ppppppnnn",
 }  # fmt: skip
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
 
@@ -232,6 +233,25 @@ class Blocks:
         x = x.clone()
         _call("decode", ctypes.addressof(self.structures), x, *rotary, len(self.structures), used)
         return x
+
+
+def round_columns(
+    moved: torch.Tensor,
+    errors: torch.Tensor,
+    upper: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    kept: torch.Tensor | None,
+    levels: int,
+) -> None:
+    """The inner loop of `qlib.quantize.gptq.solve_columns` for integers, in place, all fp32 `[columns, out]`.
+
+    Args:
+        moved: what the columns before these ask for; becomes the codes less their zeros. errors: weights, become what
+            is left of them. upper: `[columns, columns]`. kept: bool, false where pruned; or None.
+    """
+    upper = upper.contiguous()
+    _call("round_columns", moved, errors, upper, scales, zeros, kept, *moved.shape, levels)
 
 
 def _operator(name: str, schema: str, function) -> torch._ops.OpOverload:

@@ -19,6 +19,7 @@ from typing import Any, Iterator
 import torch
 
 from qlib.errors import UserError
+from qlib.layers import native
 from qlib.quantize.clip import fit
 from qlib.quantize.formats import GridOptions
 from qlib.quantize.grid import CompressedWeight, Grid, nearest_codes, nearest_steps, scale_values
@@ -181,9 +182,11 @@ def solve_columns(
     zeros = fitted.zeros.float().t().contiguous()
     order = torch.arange(width, device=weight.device) if factor.order is None else factor.order
     groups = (order // size).tolist()
-    errors = weight.t()[order].contiguous()  # [in, out]; w where a column has not been rounded, w - q where it has
+    own = grid.element == "int" and not grid.real_zero and native.takes(weight.device, len(weight), 1)
+    # [in, out]; w where a column has not been rounded, w - q where it has
+    errors = _ordered(weight.t().contiguous(), factor.order)
     moved = errors.clone()  # w_j + sum_{i<j} e_i U_ij / U_jj, complete when column j is reached; then q_j / scale
-    kept = None if mask is None else mask.t()[order]
+    kept = None if mask is None else mask.t()[order].contiguous()
     for start in range(0, width, LEAF):
         # Columns from `start` on now hear of as many before it as the largest power of two that divides it. So each
         # hears of every earlier one once and in time, and most of the work is done in large products.
@@ -201,15 +204,25 @@ def solve_columns(
             fitted.scales[:, group], fitted.zeros[:, group] = found.scales[:, 0], found.zeros[:, 0]
             scales[group] = scale_values(found.scales[:, 0], found.tensor_scale)
             zeros[group] = found.zeros[:, 0]
+        if own:
+            here = slice(start, start + LEAF)
+            told = (scales[groups[here]], zeros[groups[here]], None if kept is None else kept[here], grid.levels)
+            native.round_columns(moved[here], errors[here], factor.upper[here, here], *told)
+            continue
         for j in range(start, min(start + LEAF, width)):
             now, scale, zero = moved[j], scales[groups[j]], zeros[groups[j]]
             now.addmv_(errors[start:j].t(), factor.upper[start:j, j])
             steps = nearest_steps(now, grid, scale, zero)
             now.copy_(steps if kept is None else steps * kept[j])
             errors[j].addcmul_(now, scale, value=-1)
-    codes = torch.empty_like(weight, dtype=torch.uint8)
-    codes[:, order] = nearest_codes(moved, grid, torch.ones_like(moved[0]), zeros[order // size]).t()
-    return CompressedWeight(grid, codes, *fitted)
+    codes = nearest_codes(moved, grid, torch.ones_like(moved[0]), zeros[order // size])
+    back = None if factor.order is None else factor.order.argsort()
+    return CompressedWeight(grid, _ordered(codes, back).t().contiguous(), *fitted)
+
+
+def _ordered(rows: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Rows in an order; none of them is moved where there is none."""
+    return rows if order is None else rows[order]
 
 
 def solve(
