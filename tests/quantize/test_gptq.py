@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qlib.compress import compress
 from qlib.errors import UserError
-from qlib.layers import packed_layers
+from qlib.layers import native, packed_layers
 from qlib.models.families import blocks_of, linears_of
 from qlib.models.load import load
 from qlib.params import Calibration
@@ -326,3 +326,21 @@ def test_a_model_is_compressed_and_its_zeros_stay(model_folder, tmp_path, pruned
     assert result.measurements["compress.calibration_tokens"].value == 4 * 32
     for name, mask in masks.items():
         assert packed[name].compressed().dequantize()[~mask].abs().max() == 0
+
+
+@pytest.mark.skipif(bool(native.missing()), reason=f"no kernels of our own: {native.missing()}")
+@pytest.mark.parametrize("masked", [False, True])
+def test_columns_rounded_in_c_are_those_rounded_by_torch(monkeypatch, masked):
+    random = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(200, 160, generator=random), torch.randn(400, 160, generator=random)
+    mask = torch.rand(weight.shape, generator=random) > 0.4 if masked else None
+    options, found = gptq.Options(bits=3, group_size=32), []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(native, "takes", lambda *_: False)
+        statistic = gptq.Statistic(160, options)
+        statistic.feed(inputs)
+        found.append(gptq.solve(weight, options, mask=mask, statistic=statistic).dequantize())
+    rows = (found[0] == found[1]).all(1)  # a row whose sums end on a tie goes its own way from there
+    errors = [((one - weight) @ inputs.t()).norm() for one in found]
+    assert rows.float().mean() > 0.9 and abs(errors[0] / errors[1] - 1) < 1e-3
