@@ -45,7 +45,7 @@ def llama(function: str, **arguments: Any) -> Iterator[Guest]:
     Raises:
         UserError: llama.cpp is not installed, or fails.
     """
-    process = start(function, rounds=0, **arguments)
+    process = start((function, arguments | {"rounds": 0}))
     try:
         yield Guest(process)
     finally:
