@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from qlib.layers import int8_tiles
 from qlib.layers.base import hold_bits
 from qlib.layers.int8 import Int8Linear
 from qlib.quantize.grid import CompressedWeight
@@ -21,13 +22,13 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.grid = compressed.grid
         self.out_features, self.in_features = compressed.codes.shape
-        self.register_buffer("codes", (compressed.codes - self.grid.levels // 2).view(torch.int8))  # [vocab, hidden]
+        self.register_buffer("codes", (compressed.codes - self.grid.levels // 2).view(torch.int8))  # [vocab, hidden], or tiles
         self.register_buffer("scale_bits", hold_bits(compressed.scales))  # bf16 [vocab, 1]
         self.register_buffer("like", torch.empty(0, dtype=torch.bfloat16), persistent=False)  # follows .float(), .to()
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """fp32 rows `[..., hidden]` of token ids `[...]`."""
-        return self.codes[ids].float() * self.scale_bits.view(torch.bfloat16)[ids].float()
+        return int8_tiles.rows(self.codes, ids).float() * self.scale_bits.view(torch.bfloat16)[ids].float()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.rows(ids).to(self.like.dtype)
@@ -36,14 +37,14 @@ class PackedEmbedding(nn.Module):
         """The weight this embedding was made of, bit by bit."""
         scales, middle = self.scale_bits.view(torch.bfloat16).clone(), self.grid.levels // 2
         zeros = torch.full(scales.shape, middle, dtype=torch.uint8, device=scales.device)
-        return CompressedWeight(self.grid, self.codes.view(torch.uint8) + middle, scales, zeros)
+        return CompressedWeight(self.grid, int8_tiles.untile(self.codes).view(torch.uint8) + middle, scales, zeros)
 
     def extra_repr(self) -> str:
         return f"{self.out_features}, {self.in_features}, {self.grid.name}"
 
 
 def tied_head(embedding: PackedEmbedding) -> Int8Linear:
-    """A head without bias on the embedding's own codes and scales: one copy in memory serves both."""
+    """A head without bias; the embedding takes over its codes and scales: one copy in memory serves both."""
     head = Int8Linear(embedding.compressed())
-    head.codes, head.scale_bits = embedding.codes, embedding.scale_bits
+    embedding.codes, embedding.scale_bits = head.codes, head.scale_bits
     return head

@@ -81,8 +81,8 @@ class Int4Linear(PackedLinear):
     def row_kernel(self) -> native.RowKernel | None:
         if not self._has_own_kernel(1):
             return None
-        group = self.in_features // len(self.scale_bits)
-        return native.RowKernel("int4_row", group, self.packed, self._scales_and_zeros())
+        shape, group = (self.out_features, self.in_features), self.in_features // len(self.scale_bits)
+        return native.RowKernel("int4_row", shape, group, self.packed, self._scales_and_zeros())
 
     def _has_own_kernel(self, rows: int) -> bool:
         return rows == 1 and int4_blocks.block_rows() == 64 and native.takes(self.packed.device, self.out_features, 64)

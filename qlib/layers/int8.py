@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlib.layers import native
+from qlib.layers import int8_tiles, native
 from qlib.layers.base import PackedLinear, channels_at_once, hold_bits, round_tokens
 from qlib.quantize.grid import CompressedWeight, Grid
 
 __all__ = ["Int8Linear", "Int8DynamicLinear"]
 
-#: Torch's kernel reads past the end of rows that are not whole vectors: wrong sums, or a crash. Ours refuses them.
-CHANNELS = 32
+#: Torch's kernel reads past the end of rows that are not whole vectors: wrong sums, or a crash. Ours want whole groups.
+VECTOR = 32
 
 
 class Int8Linear(PackedLinear):
@@ -29,9 +29,22 @@ class Int8Linear(PackedLinear):
         super().__init__(compressed.grid, tuple(compressed.codes.shape), bias)
         scales, middle = compressed.scales, self.grid.levels // 2
         offsets = None if self.grid.symmetric else hold_bits((middle - compressed.zeros.float()) * scales.float())
-        self.register_buffer("codes", (compressed.codes - middle).view(torch.int8))  # [out, in], code - middle
+        self.register_buffer("codes", (compressed.codes - middle).view(torch.int8))  # code - middle, see _order
         self.register_buffer("scale_bits", hold_bits(scales))  # bf16 [out, groups]
         self.register_buffer("offset_bits", offsets)  # fp32 [out, groups]
+        self._order()
+
+    def _order(self) -> None:
+        """Keep codes as tiles where our kernel runs, and `[out, in]` everywhere else."""
+        tiles, tiled = self._own_kernel_fits(), self.codes.dim() == 4
+        if tiles != tiled:
+            self.codes = int8_tiles.tile(self.codes) if tiles else int8_tiles.untile(self.codes)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Called by ``.to``, ``.cuda`` and the like: another kind of device wants another order."""
+        super()._apply(fn, recurse)
+        self._order()
+        return self
 
     @staticmethod
     def fits(grid: Grid, in_features: int) -> bool:
@@ -43,7 +56,7 @@ class Int8Linear(PackedLinear):
         zeros = torch.full(self._scales.shape, middle, dtype=torch.uint8, device=self.codes.device)
         if self._offsets is not None:
             zeros = (middle - self._offsets / self._scales.float()).round().to(torch.uint8)
-        codes = self.codes.view(torch.uint8) + middle
+        codes = int8_tiles.untile(self.codes).view(torch.uint8) + middle
         return CompressedWeight(self.grid, codes, self._scales.clone(), zeros)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,7 +76,12 @@ class Int8Linear(PackedLinear):
         scratch = x.new_empty(min(step, self.out_features), self.in_features)
         for start in range(0, self.out_features, step):
             part = slice(start, min(start + step, self.out_features))
-            weight = scratch[: part.stop - start].copy_(self.codes[part])  # whole numbers up to 128: exact in bf16
+            weight = scratch[: part.stop - start]  # whole numbers up to 128: exact in bf16
+            if self._has_own_kernel():
+                tiles = self.codes[start // int8_tiles.CHANNELS : part.stop // int8_tiles.CHANNELS].transpose(1, 2)
+                weight.view(tiles.shape).copy_(tiles)
+            else:
+                weight.copy_(self.codes[part])
             if groups > 1:
                 weight.unflatten(1, (groups, -1)).mul_(self._scales[part, :, None])
             product = F.linear(x, weight).float()
@@ -80,8 +98,8 @@ class Int8Linear(PackedLinear):
     def row_kernel(self) -> native.RowKernel | None:
         if not self._has_own_kernel():
             return None
-        group = self.in_features // self._scales.shape[1]
-        return native.RowKernel(self.own_kernel, group, self.codes, self._scales, self._offsets)
+        shape, group = (self.out_features, self.in_features), self.in_features // self._scales.shape[1]
+        return native.RowKernel(self.own_kernel, shape, group, self.codes, self._scales, self._offsets)
 
     def kernel(self, rows: int) -> str:
         if not self.runs_packed(rows):
@@ -90,12 +108,15 @@ class Int8Linear(PackedLinear):
             return "int8 weight-only (own kernel)"
         return f"int8 weight-only (torch _weight_int8pack_mm; no kernel of our own: {native.missing()})"
 
+    def _own_kernel_fits(self) -> bool:
+        whole = self.in_features // self._scales.shape[1] % VECTOR == 0 and self.in_features % int8_tiles.WIDTH == 0
+        return whole and native.takes(self.codes.device, self.out_features, int8_tiles.CHANNELS)
+
     def _has_own_kernel(self) -> bool:
-        whole = self.in_features // self._scales.shape[1] % CHANNELS == 0
-        return whole and native.takes(self.codes.device, self.out_features, 4)
+        return self.codes.dim() == 4
 
     def _has_torch_kernel(self) -> bool:
-        whole = self.in_features % CHANNELS == 0 and self._scales.shape[1] == 1
+        whole = self.in_features % VECTOR == 0 and self._scales.shape[1] == 1
         return whole and _torch_has_kernel(self.codes.device.type)
 
     @property
@@ -145,9 +166,6 @@ class Int8DynamicLinear(Int8Linear):
             return "activations rounded to int8, int8 codes to bf16, then matmul"
         own = "own kernel" if self._has_own_kernel() else f"torch _int_mm; no kernel of our own: {native.missing()}"
         return f"int8 x int8 ({own})"
-
-    def _has_own_kernel(self) -> bool:
-        return native.takes(self.codes.device, self.out_features, 4)
 
     def _has_torch_kernel(self) -> bool:
         return self.codes.device.type == "cpu" or (self.in_features % 8 == 0 and self.out_features % 8 == 0)

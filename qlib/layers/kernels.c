@@ -82,6 +82,8 @@ void quantize_rows(const bf16 *x, int8_t *codes, float *scales, int32_t *sums, l
 
 // ---- int8 x int8, summed exactly in int32 ----
 
+// Codes lie in tiles (int8_tiles.py), so that four channels are read as one stream: [channels / 4, in / 64, 4, 64].
+enum { TILE = 64 };
 // Channels whose codes stay in the second-level cache; input channels and rows summed before moving on.
 enum { PANEL = 64, DEPTH = 4096, BLOCK = 256 };
 enum { AHEAD = 4096 };  // bytes fetched before they are needed
@@ -98,37 +100,31 @@ INLINE __m128i sum_each(const __m512i *four) {  // the sums of four vectors
 }
 
 // vpdpbusd wants one side unsigned: 128 is added to the weights' codes, and taken off at the end.
-INLINE void dot_step(const int8_t *x, const int8_t *w, long in, __mmask64 keep, __m512i (*sums)[WIDE], const int tall,
-                     const int wide) {
-    __m512i weight[WIDE];
-    EACH(j, wide) weight[j] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(keep, w + j * in), _mm512_set1_epi8((char)128));
-    EACH(i, tall) {
-        __m512i row = _mm512_maskz_loadu_epi8(keep, x + i * in);
-        // by hand, because gcc spills the sums when it uses _mm512_dpbusd_epi32
-        EACH(j, wide) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i][j]) : "v"(weight[j]), "v"(row));
+INLINE void dot_tile(const int8_t *x, const int8_t *w, long in, long depth, __m512i (*sums)[WIDE], const int tall,
+                     const int once) {
+    for (long k = 0; k < depth; k += TILE) {
+        __m512i weight[WIDE];
+        EACH(j, WIDE) {
+            const int8_t *codes = w + WIDE * k + TILE * j;
+            if (once) _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_NTA);
+            weight[j] = _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8((char)128));
+        }
+        EACH(i, tall) {
+            __m512i row = _mm512_loadu_si512(x + i * in + k);
+            // by hand, because gcc spills the sums when it uses _mm512_dpbusd_epi32
+            EACH(j, WIDE) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i][j]) : "v"(weight[j]), "v"(row));
+        }
     }
 }
 
-INLINE void dot_tile(const int8_t *x, const int8_t *w, long in, long depth, int32_t *out, const int tall) {
+INLINE void add_tile(const int8_t *x, const int8_t *w, long in, long depth, int32_t *out, const int tall) {
     __m512i sums[TALL][WIDE];
-    long k = 0;
     EACH(i, tall) EACH(j, WIDE) sums[i][j] = _mm512_setzero_si512();
-    for (; k + 64 <= depth; k += 64) dot_step(x + k, w + k, in, ~0ull, sums, tall, WIDE);
-    if (k < depth) dot_step(x + k, w + k, in, (1ull << (depth - k)) - 1, sums, tall, WIDE);
+    dot_tile(x, w, in, depth, sums, tall, tall == 1);
     EACH(i, tall) {
         __m128i *at = (__m128i *)(out + i * PANEL);
         _mm_storeu_si128(at, _mm_add_epi32(_mm_loadu_si128(at), sum_each(sums[i])));
     }
-}
-
-// For one row a channel after the other, because one long stream is read faster than several side by side.
-INLINE void dot_channel(const int8_t *x, const int8_t *w, long in, long depth, __m512i (*sums)[WIDE], const int tall) {
-    long k = 0;
-    for (; k + 64 <= depth; k += 64) {
-        _mm_prefetch((const char *)w + k + AHEAD, _MM_HINT_T0);
-        dot_step(x + k, w + k, in, ~0ull, sums, tall, 1);
-    }
-    if (k < depth) dot_step(x + k, w + k, in, (1ull << (depth - k)) - 1, sums, tall, 1);
 }
 
 void int8_dot(const int8_t *x, const float *row_scales, const int32_t *row_sums, const int8_t *w, const bf16 *scales,
@@ -141,18 +137,14 @@ void int8_dot(const int8_t *x, const float *row_scales, const int32_t *row_sums,
         for (long first = 0; first < rows; first += BLOCK) {
             long block = LEAST(BLOCK, rows - first);
             memset(sums, 0, sizeof(int32_t) * block * PANEL);
-            if (rows == 1) EACH(j, wide) {
-                __m512i sum[1][WIDE] = {{_mm512_setzero_si512()}};
-                dot_channel(x, w + (n + j) * in, in, in, sum, 1);
-                sums[j] = _mm512_reduce_add_epi32(sum[0][0]);
-            }
-            else for (long k = 0; k < in; k += stretch)
+            for (long k = 0; k < in; k += stretch)
                 for (long m = 0; m < block; m += TALL)
                     for (long j = 0; j < wide; j += WIDE) {
                         long tall = LEAST(TALL, block - m), depth = LEAST(stretch, in - k);
-#define TILE(t) dot_tile(x + (first + m) * in + k, w + (n + j) * in + k, in, depth, sums + m * PANEL + j, t)
-                        TILES(TILE)
-#undef TILE
+                        const int8_t *tile = w + (n + j) * in + WIDE * k;
+#define TILED(t) add_tile(x + (first + m) * in + k, tile, in, depth, sums + m * PANEL + j, t)
+                        TILES(TILED)
+#undef TILED
                     }
             for (long m = first; m < first + block; m++)
                 EACH(j, wide) {
@@ -166,12 +158,12 @@ void int8_dot(const int8_t *x, const float *row_scales, const int32_t *row_sums,
 
 // ---- int8 weights for a few rows of bf16 activations: reading the weights is all that counts ----
 
-// One row is fixed-point numbers of 24 bits, as fine as sums in fp32 are: three int8 digits, multiplied exactly. They
-// must fit into the first-level cache; and groups of few channels are not worth the trouble.
-enum { DIGITS = 3, BITS = 22, LONGEST = 12288, LEAST_GROUP = 512 };
+// One row is fixed-point numbers of 24 bits, as fine as sums in fp32 are: three int8 digits, multiplied exactly.
+// Groups of few channels are not worth the trouble; longer ones than these could overflow.
+enum { DIGITS = 3, BITS = 22, LONGEST = 65536, LEAST_GROUP = 512 };
 
 // x = (digit 0 + 256 * digit 1 + 65536 * digit 2) * the unit that is returned; digits is [DIGITS, in]. What sums of a
-// group start with, [groups, DIGITS], takes off what dot_step adds to the weights.
+// group start with, [groups, DIGITS], takes off what dot_tile adds to the weights.
 static float split_row(const bf16 *x, int8_t *digits, __m512i *starts, long in, long group) {
     bf16 largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -198,19 +190,22 @@ static float split_row(const bf16 *x, int8_t *digits, __m512i *starts, long in, 
     return unit;
 }
 
-INLINE float digits_row(const int8_t *digits, const __m512i *starts, const int8_t *w, const bf16 *scales, long in,
-                        long group) {
-    __m512 total = _mm512_setzero_ps();
+INLINE void digits_tile(const int8_t *digits, const __m512i *starts, const int8_t *w, const bf16 *scales, long in,
+                        long group, float unit, float *out) {
+    __m512 totals[WIDE];
+    EACH(j, WIDE) totals[j] = _mm512_setzero_ps();
     EACH(g, in / group) {
         __m512i sums[DIGITS][WIDE];
-        __m512 sum = _mm512_setzero_ps();
-        EACH(p, DIGITS) sums[p][0] = _mm512_load_si512(starts + g * DIGITS + p);
-        dot_channel(digits + g * group, w + g * group, in, group, sums, DIGITS);
-        for (long p = DIGITS - 1; p >= 0; p--)
-            sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sums[p][0]));
-        total = _mm512_fmadd_ps(sum, _mm512_set1_ps(widen(scales[g])), total);
+        EACH(p, DIGITS) EACH(j, WIDE) sums[p][j] = _mm512_load_si512(starts + g * DIGITS + p);
+        dot_tile(digits + g * group, w + WIDE * g * group, in, group, sums, DIGITS, 1);
+        EACH(j, WIDE) {
+            __m512 sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(widen(scales[j * (in / group) + g]));
+            for (long p = DIGITS - 1; p >= 0; p--)
+                sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sums[p][j]));
+            totals[j] = _mm512_fmadd_ps(sum, scale, totals[j]);
+        }
     }
-    return _mm512_reduce_add_ps(total);
+    EACH(j, WIDE) out[j] = unit * _mm512_reduce_add_ps(totals[j]);
 }
 
 INLINE void rows_tile(const float *x, const int8_t *w, const bf16 *scales, long in, long group, float (*out)[WIDE],
@@ -219,19 +214,13 @@ INLINE void rows_tile(const float *x, const int8_t *w, const bf16 *scales, long 
     EACH(i, tall) EACH(j, WIDE) sums[i][j] = _mm512_setzero_ps();
     for (long start = 0; start < in; start += group) {
         EACH(i, tall) EACH(j, WIDE) part[i][j] = _mm512_setzero_ps();
-        for (long k = start; k < start + group; k += 32)
+        for (long k = start; k < start + group; k += 16)
             EACH(j, WIDE) {
-                const int8_t *codes = w + j * in + k;
-                long next = k + AHEAD < in ? 0 : (WIDE - 1) * in;  // at the end of its row, of the next tile
-                _mm_prefetch((const char *)codes + AHEAD + next, _MM_HINT_T0);
-                EACH(half, 2) {
-                    __m512i whole = _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)(codes + 16 * half)));
-                    __m512 weight = _mm512_cvtepi32_ps(whole);
-                    EACH(i, tall) {
-                        __m512 row = _mm512_loadu_ps(x + i * in + k + 16 * half);
-                        part[i][j] = _mm512_fmadd_ps(weight, row, part[i][j]);
-                    }
-                }
+                const int8_t *codes = w + WIDE * (k & -TILE) + TILE * j + (k & (TILE - 1));
+                if (k % TILE == 0) _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_NTA);
+                __m512 weight = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)codes)));
+                EACH(i, tall)
+                    part[i][j] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + i * in + k), part[i][j]);
             }
         EACH(j, WIDE) {
             __m512 scale = _mm512_set1_ps(widen(scales[j * (in / group) + start / group]));
@@ -247,7 +236,7 @@ void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *
     float *wide = aligned_alloc(64, (sizeof(float) * rows * (in + groups) | 63) + 1);  // a vector in one cache line
     float *group_sums = wide + rows * in, unit = 0;
     int8_t *digits = (int8_t *)wide;
-    int splits = rows == 1 && in <= LONGEST && group >= LEAST_GROUP;
+    int splits = rows == 1 && group % TILE == 0 && group >= LEAST_GROUP && group <= LONGEST;
     __m512i *starts = splits ? aligned_alloc(64, 64 * DIGITS * groups) : NULL;
     if (splits) unit = split_row(x, digits, starts, in, group);
     else EACH(i, rows * in) wide[i] = widen(x[i]);
@@ -257,11 +246,12 @@ void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *
         for (long first = 0; first < rows; first += TALL) {
             float sums[TALL][WIDE];
             long tall = LEAST(TALL, rows - first);
-#define TILE(t) rows_tile(wide + first * in, w + n * in, scales + n * groups, in, group, sums, t)
-            if (splits) EACH(j, WIDE)
-                sums[0][j] = unit * digits_row(digits, starts, w + (n + j) * in, scales + (n + j) * groups, in, group);
-            else TILES(TILE)
-#undef TILE
+            const int8_t *tile = w + n * in;
+            const bf16 *scale = scales + n * groups;
+#define TILED(t) rows_tile(wide + first * in, tile, scale, in, group, sums, t)
+            if (splits) digits_tile(digits, starts, tile, scale, in, group, unit, sums[0]);
+            else TILES(TILED)
+#undef TILED
             EACH(i, tall) EACH(j, WIDE) {
                 float value = sums[i][j];
                 const float *of_row = group_sums + (first + i) * groups;

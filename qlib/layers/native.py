@@ -101,9 +101,9 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 def _int8_dot(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Product of bf16 `x [rows, in]`, rounded to 8 bits row by row, and int8 codes `[out, in]`, out a multiple of 4."""
-    out = x.new_empty(x.shape[0], codes.shape[0])
-    _call("int8_dot", *round_rows(x), codes, scales, bias, out, *x.shape, len(codes))
+    """Product of bf16 `x [rows, in]`, rounded to 8 bits row by row, and int8 codes, in tiles (int8_tiles.py)."""
+    out = x.new_empty(x.shape[0], len(scales))
+    _call("int8_dot", *round_rows(x), codes, scales, bias, out, *x.shape, len(scales))
     return out
 
 
@@ -114,13 +114,13 @@ def _int8_rows(
     offsets: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Product of bf16 `x [rows, in]` and weights codes * scales + offsets, of which out is a multiple of 4.
+    """Product of bf16 `x [rows, in]` and weights codes * scales + offsets.
 
     Args:
-        codes: int8 `[out, in]`. scales: bf16, offsets: fp32 `[out, groups]`. A group is a multiple of 32.
+        codes: int8, in tiles (int8_tiles.py). scales: bf16, offsets: fp32 `[out, groups]`. A group is a multiple of 32.
     """
-    out, groups = x.new_empty(x.shape[0], codes.shape[0]), scales.numel() // len(codes)
-    _call("int8_rows", x.contiguous(), codes, scales, offsets, bias, out, *x.shape, x.shape[1] // groups, len(codes))
+    out, (channels, groups) = x.new_empty(x.shape[0], len(scales)), scales.shape
+    _call("int8_rows", x.contiguous(), codes, scales, offsets, bias, out, *x.shape, x.shape[1] // groups, channels)
     return out
 
 
@@ -177,9 +177,10 @@ def attend(
 
 @dataclass(frozen=True)
 class RowKernel:
-    """What multiplies one row with a packed linear: the kernel (see `KINDS`), its group, codes, scales and offsets."""
+    """What multiplies one row with a packed linear `[out, in]`: the kernel (see `KINDS`), its group, codes, scales, offsets."""
 
     kind: str
+    shape: tuple[int, int]
     group: int
     codes: torch.Tensor
     scales: torch.Tensor
@@ -219,7 +220,7 @@ class Blocks:
         self.structures = (_Block * len(blocks))()
         for structure, (linears, norms, (keys, values)) in zip(self.structures, blocks):
             for (name, _), (kernel, bias) in zip(_Block._fields_, linears):
-                channels, width = len(kernel.codes), kernel.codes.shape[1] * (2 if kernel.kind == "int4_row" else 1)
+                channels, width = kernel.shape
                 tensors = (kernel.codes, kernel.scales, bias, kernel.offsets)
                 addresses = (None if one is None else one.data_ptr() for one in tensors)
                 setattr(structure, name, _Linear(KINDS[kernel.kind], width, channels, kernel.group, *addresses))
@@ -254,19 +255,28 @@ def round_columns(
     _call("round_columns", moved, errors, upper, scales, zeros, kept, *moved.shape, levels)
 
 
-def _operator(name: str, schema: str, function) -> torch._ops.OpOverload:
-    """Make a function an operator, so that torch.compile can call it: cheaper at each call than `custom_op`."""
+def _operator(name: str, schema: str, function, channels) -> torch._ops.OpOverload:
+    """Make a function an operator, so that torch.compile can call it: cheaper at each call than `custom_op`.
+
+    `channels`: how many the result has, from codes and scales.
+    """
     LIBRARY.define(f"{name}({schema}) -> Tensor")
     LIBRARY.impl(name, function, "CPU")
     torch.library.register_fake(
-        f"qlib::{name}", lambda x, codes, *rest: x.new_empty(x.shape[0], codes.shape[0]), lib=LIBRARY
+        f"qlib::{name}", lambda x, codes, scales, *_: x.new_empty(x.shape[0], channels(codes, scales)), lib=LIBRARY
     )
     return getattr(torch.ops.qlib, name).default
 
 
 LIBRARY = torch.library.Library("qlib", "DEF")
-int8_dot = _operator("int8_dot", "Tensor x, Tensor codes, Tensor scales, Tensor? bias=None", _int8_dot)
-int8_rows = _operator(
-    "int8_rows", "Tensor x, Tensor codes, Tensor scales, Tensor? offsets=None, Tensor? bias=None", _int8_rows
+int8_dot = _operator(
+    "int8_dot", "Tensor x, Tensor codes, Tensor scales, Tensor? bias=None", _int8_dot, lambda _, scales: len(scales)
 )
-int4_row = _operator("int4_row", "Tensor x, Tensor packed, Tensor scales_zeros, Tensor? bias=None", _int4_row)
+int8_rows = _operator(
+    "int8_rows", "Tensor x, Tensor codes, Tensor scales, Tensor? offsets=None, Tensor? bias=None", _int8_rows,
+    lambda _, scales: len(scales),
+)  # fmt: skip
+int4_row = _operator(
+    "int4_row", "Tensor x, Tensor packed, Tensor scales_zeros, Tensor? bias=None", _int4_row,
+    lambda codes, _: len(codes),
+)  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.layers import int4_blocks, layer_class, native, pack, packed_layers, resident_bytes
+from qlib.layers import int4_blocks, int8_tiles, layer_class, native, pack, packed_layers, resident_bytes
 from qlib.layers.base import round_tokens
 from qlib.layers.codes import CodesLinear
 from qlib.layers.int4 import Int4Linear
@@ -148,7 +148,7 @@ def test_integers_are_summed_exactly_at_the_ends_of_their_range(rows, kernels):
 
 
 @pytest.mark.skipif(bool(native.missing()), reason=native.missing())
-@pytest.mark.parametrize("in_features, groups", ((864, 1), (8192 + 4128, 1), (3 * 544, 3), (512, 4), (32, 1)))
+@pytest.mark.parametrize("in_features, groups", ((896, 1), (8192 + 4160, 1), (3 * 576, 3), (2 * 544, 2), (512, 4), (64, 1)))
 def test_one_row_of_weight_only_int8_is_as_exact_as_fp32(in_features, groups):
     """Activations of very different sizes, one of them far larger than all others: none is rounded to 8 bits."""
     codes = torch.randint(-128, 128, (12, in_features), dtype=torch.int8)
@@ -157,13 +157,13 @@ def test_one_row_of_weight_only_int8_is_as_exact_as_fp32(in_features, groups):
     for x in (torch.randn(in_features), torch.randn(in_features).exp2() * 1e-3, torch.ones(in_features) * 1e30):
         x = x.bfloat16()
         x[5] *= 1000
-        found = native.int8_rows(x[None], codes, scales, offsets)[0].double()
+        found = native.int8_rows(x[None], int8_tiles.tile(codes), scales, offsets)[0].double()
         weight = codes.double().unflatten(1, (groups, -1)) * scales[..., None].double() + offsets[..., None].double()
         wanted, size = weight.flatten(1) @ x.double(), weight.flatten(1).abs() @ x.double().abs()
         assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 2**-19 * size).all()
     x[3] = float("inf")
-    assert not native.int8_rows(x[None], codes, scales).isfinite().any()
-    assert (native.int8_rows(torch.zeros_like(x[None]), codes, scales) == 0).all()
+    assert not native.int8_rows(x[None], int8_tiles.tile(codes), scales).isfinite().any()
+    assert (native.int8_rows(torch.zeros_like(x[None]), int8_tiles.tile(codes), scales) == 0).all()
 
 
 @pytest.mark.skipif(bool(native.missing()), reason=native.missing())
