@@ -239,7 +239,7 @@ class Options:
 '''
     (tmp_path / "lonely_pass.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(params, "pass_modules", lambda: {"lonely": "lonely_pass"})
+    monkeypatch.setattr(params.checks, "pass_names", lambda: {"lonely": "lonely_pass"})
     kind, hints = options_of("lonely_pass")
     assert hints == {"width": Literal[2, 4]} and kind().width == 4
     assert schema.docs_of(kind) == {"width": "of a code, in bits."}

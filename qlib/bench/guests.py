@@ -40,7 +40,7 @@ class Guest:
 
 @contextmanager
 def llama(function: str, **arguments: Any) -> Iterator[Guest]:
-    """Start a timing of `qlib.tools.llama_cpp` that waits for its turns.
+    """Start a timing of `qlib.tools.llama_calls` that waits for its turns.
 
     Raises:
         UserError: llama.cpp is not installed, or fails.

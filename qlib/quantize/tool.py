@@ -18,8 +18,12 @@ ADAPTERS = {
     "gptqmodel": "gptqmodel",
     "auto-round": "auto_round",
     "llm-compressor": "llmcompressor",
+    "llama-cpp": "llama_cpp",
 }
 NAMES = tuple(ADAPTERS)
+#: Types of llama.cpp, and their bits, group and symmetry. Its others need rows that are multiples of 256.
+KINDS = {"Q8_0": (8, 32, True), "Q4_0": (4, 32, True), "IQ4_NL": (4, 32, True), "Q2_0": (2, 64, True)}
+KIND_NAMES = tuple(KINDS)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Options:
         iterations: of the rounding optimisation on each block; auto-round only.
         damp: share of its mean that is added to the diagonal of the Hessian; GPTQ tools only.
         act_order: start with the columns of the largest inputs; GPTQ tools only.
+        kind: llama.cpp's type, which fixes bits, group_size and symmetric; llama-cpp only.
     """
 
     name: Literal[NAMES] = "gptqmodel"  # type: ignore[valid-type]
@@ -43,6 +48,15 @@ class Options:
     iterations: int | None = field(default=None, metadata={"minimum": 1})
     damp: float | None = field(default=None, metadata={"minimum": 0})
     act_order: bool | None = None
+    kind: Literal[KIND_NAMES] | None = None  # type: ignore[valid-type]
+
+    def __post_init__(self) -> None:
+        if (self.kind is None) == (self.name == "llama-cpp"):
+            allowed = ", ".join(KINDS) if self.kind is None else "null"
+            raise UserError(f"kind: {self.kind or 'null'} is not allowed for {self.name}; allowed: {allowed}")
+        if self.kind and KINDS[self.kind] != (self.bits, self.group_size, self.symmetric):
+            bits, size, _ = KINDS[self.kind]
+            raise UserError(f"kind: {self.kind} needs bits: {bits}, group_size: {size}, symmetric: true")
 
 
 def adapter_of(name: str) -> str:
@@ -84,10 +98,13 @@ def apply(subject: Any, options: Options, context: Any) -> Any:
         method="codes, scales and zeros in the tool's own format",
         conditions="over linears of the blocks",
     )
+    sizes = {"size.bits_per_weight": size}
+    if found.disk_bytes:
+        sizes["size.disk_bytes"] = Measurement(found.disk_bytes, "bytes", 1, method="bytes of the tool's own file")
     told = {"name": options.name, "seconds": found.seconds, "settings": found.settings}
     told |= {"asked": asdict(options), "versions": versions(options.name)}
     return replace(
         subject,
-        measurements=subject.measurements | {"size.bits_per_weight": size},
+        measurements=subject.measurements | sizes,
         details=subject.details | {"tool": told},
     )

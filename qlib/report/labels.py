@@ -5,12 +5,13 @@ from qlib.report.theme import INK, SOFT
 __all__ = ["plain_ticks", "name_points"]
 
 LIFTS = (0.2, 1, -1, 1.9, -1.9, 2.8, -2.8, -3.7, 3.7, 4.6, -4.6, 5.5, -5.5, 6.4, -6.4, 7.3, -7.3)  # lines of text
+NARROW = 1.25  # the ratio of two ends of an axis below which even steps are as good as those of a logarithm
 PLACES = [(side, lift) for lift in LIFTS for side in (1, -1)]
 
 
 def plain_ticks(axes, xs, ys=None) -> None:
     """Few ticks with ordinary numbers on logarithmic axes."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     for axis, values in ((axes.xaxis, xs), (axes.yaxis, ys)):
         if values is None:
@@ -18,7 +19,8 @@ def plain_ticks(axes, xs, ys=None) -> None:
         range_ = max(values) / min(values)
         steps = (1,) if range_ > 1000 else (1, 2, 5) if range_ > 20 else (1, 1.5, 2, 3, 5, 7)
         steps = (1, 1.1, 1.2, 1.3, 1.5, 2, 8, 9) if range_ < 2 else steps
-        axis.set_major_locator(LogLocator(subs=steps))
+        narrow = MaxNLocator(4, steps=(1, 2, 5, 10)) if range_ < NARROW else None  # as good as linear
+        axis.set_major_locator(narrow or LogLocator(subs=steps))
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

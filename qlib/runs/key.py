@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qlib.errors import UserError
-from qlib.params import Strategy, pass_modules, to_dict, tool_of
+from qlib.params import Strategy, to_dict, tool_of
 from qlib.quantize.tool import adapter_of
+from qlib.recipe import pass_names
 from qlib.runs.imports import reach
 from qlib.runs.lessons import is_lesson
 from qlib.runs.provenance import device_class, version_of
@@ -34,7 +35,7 @@ def key_parts(strategy: Strategy, root: Path, source: Path = SOURCE) -> dict[str
     """
     notebook = root / "notebooks" / strategy.notebook
     cells = code_cells(notebook)
-    code, passes = "\n".join(cells), pass_modules()
+    code, passes = "\n".join(cells), pass_names()
     try:
         named = _named(code) & passes.keys() if is_lesson(strategy) else {step["pass"] for step in strategy.recipe}
         tool = tool_of(strategy)

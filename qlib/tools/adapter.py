@@ -27,12 +27,14 @@ class Quantized:
         seconds: of the quantization step alone: without imports, loading, packing and saving.
         bits_per_weight: of these linears, with scales and zeros in the tool's format.
         settings: what the tool was told, and what it has by default and decides the result.
+        disk_bytes: of the one file that holds the whole model, where the tool writes one.
     """
 
     weights: dict[str, torch.Tensor]
     seconds: float
     bits_per_weight: float
     settings: dict[str, Any]
+    disk_bytes: int | None = None
 
 
 def refuse(options: Options, *names: str) -> None:

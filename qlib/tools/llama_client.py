@@ -1,4 +1,4 @@
-"""Call functions of `qlib.tools.llama_cpp`, which runs in llama.cpp's environment, from any other."""
+"""Call functions of `qlib.tools.llama_calls`, which runs in llama.cpp's environment, from any other."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def start(*calls: tuple[str, dict[str, Any]]) -> subprocess.Popen:
     words = [word for name, arguments in calls for word in (name, json.dumps(arguments, default=str))]
     environment = os.environ | {"PYTHONPATH": str(source)}
     pipe = subprocess.PIPE
-    command = [str(python), "-m", "qlib.tools.llama_cpp", *words]
+    command = [str(python), "-m", "qlib.tools.llama_calls", *words]
     return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 

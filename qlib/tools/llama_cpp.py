@@ -1,115 +1,49 @@
-"""llama.cpp as a yardstick: its logits for our scorer, its own quantization, its speed. Runs in its own environment.
+"""llama.cpp: every linear in one of its types, errors weighed by its importance matrix of the same calibration text."""
 
-    .tools/llama-cpp/bin/python -m qlib.tools.llama_cpp time_layer '{"model": "qwen-72b", "kinds": ["Q4_0"]}'
-
-calls a function, or several, and prints what each returns as a line of JSON: `qlib.tools.llama_client` does that from
-elsewhere. A timing with ``"rounds": 0`` waits for lines "decode" or "prefill" and answers each with one round, so that
-others can take turns with it.
-"""
-
-import json
-import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-import llama_cpp
 import numpy as np
 import torch
+from gguf import GGUFReader
 
-from qlib.errors import UserError
-from qlib.evaluate.quality import score_items, score_windows
-from qlib.tools.exam import read_exam
-from qlib.tools.llama_quantize import quantize
-from qlib.tools.llama_session import Session, failed, messages, start
-from qlib.tools.llama_timing import time_layer, time_model
+from qlib.export.gguf import export, importance
+from qlib.export.gguf_file import TENSORS
+from qlib.models.families import family_of
+from qlib.models.load import load
+from qlib.quantize.tool import Options
+from qlib.tools.adapter import Quantized, refuse
+from qlib.tools.llama_quantize import dequantize
+from qlib.tools.llama_quantize import quantize as into_type
 
-__all__ = ["LlamaLogits", "answer", "logits", "quantize", "time_layer", "time_model", "tokenize"]
+__all__ = ["quantize"]
 
-
-class LlamaLogits:
-    """A GGUF file as a function of token ids, as `qlib.evaluate.quality` asks for it; one sequence at a time.
-
-    Args:
-        tokens: of the longest sequence.
-        exact: see `Session`.
-    """
-
-    def __init__(self, file: str | Path, tokens: int = 1024, threads: int = 1, exact: bool = False) -> None:
-        self.session = Session(file, tokens, threads, exact)
-
-    def __call__(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
-        """Logits of the last `keep` positions of `ids [rows, tokens]`: fp32 `[rows, keep, vocabulary]`."""
-        if ids.shape[1] > self.session.tokens:
-            raise UserError(f"ids: {ids.shape[1]} tokens in a row; allowed: at most {self.session.tokens}")
-        out = torch.empty(len(ids), keep, self.session.vocab)
-        for row, logits in zip(ids.numpy(), out):
-            self.session.forget()
-            self.session.run(row, keep=keep)
-            found = llama_cpp.llama_get_logits(self.session.context)
-            logits.copy_(torch.from_numpy(np.ctypeslib.as_array(found, (keep, self.session.vocab))))
-        return out
-
-    def close(self) -> None:
-        self.session.close()
+OUTER = "F16"  # embedding and head stay as they are, as with all other tools
 
 
-def logits(
-    file: str | Path, ids: str | Path, target: str | Path, threads: int = 1, exact: bool = False
-) -> dict[str, Any]:
-    """Read token ids `[rows, tokens]` and write the logits of every position, fp32 `[rows, tokens, vocabulary]`.
-
-    Args:
-        ids, target: npy files.
-    """
-    rows = torch.from_numpy(np.load(ids))
-    logits_of = LlamaLogits(file, rows.shape[1], threads, exact)
-    np.save(target, logits_of(rows, rows.shape[1]).numpy())
-    logits_of.close()
-    return {"warnings": [line for line in messages if line]}
-
-
-def answer(file: str | Path, exam: str | Path, target: str | Path, threads: int = 1) -> dict[str, float]:
-    """Let a GGUF file answer an exam (`qlib.tools.exam`): the scorer is ours, the logits are llama.cpp's.
-
-    Args:
-        target: an npz file that gets the arrays of `qlib.evaluate.baseline.Answers`.
-
-    Returns:
-        perplexity, of the windows; and seconds.
-    """
-    asked, begun = read_exam(Path(exam)), time.perf_counter()
-    longest = max(map(len, [*asked.texts, *(item.context + item.options[0] for item in asked.items)]))
-    logits_of = LlamaLogits(file, 1 + longest, threads)
-    try:
-        inside, alone = score_items(logits_of, asked.items, asked.start)
-        scores = score_windows(logits_of, asked.texts, asked.start)
-    finally:
-        logits_of.close()
-    np.savez(target, inside=inside, alone=alone, nll=scores.nll, tokens=scores.tokens)
-    return {"perplexity": float(np.exp(scores.nll.sum() / scores.tokens.sum())), "seconds": time.perf_counter() - begun}
-
-
-def tokenize(file: str | Path, text: str) -> list[int]:
-    """Token ids of `text` by the tokenizer of a GGUF file, special tokens as plain text."""
-    start()
-    options = llama_cpp.llama_model_default_params()
-    options.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(file).encode(), options)
-    if not model:
-        raise failed(f"cannot load {file}")
-    raw = text.encode()
-    found = (llama_cpp.llama_token * (len(raw) + 1))()
-    vocab = llama_cpp.llama_model_get_vocab(model)
-    count = llama_cpp.llama_tokenize(vocab, raw, len(raw), found, len(found), False, False)
-    llama_cpp.llama_model_free(model)
-    return list(found[:count])
-
-
-if __name__ == "__main__":
-    calls = {call.__name__: call for call in (answer, logits, quantize, time_layer, time_model, tokenize)}
-    try:
-        for name, arguments in zip(sys.argv[1::2], sys.argv[2::2]):
-            print(json.dumps(calls[name](**json.loads(arguments))), flush=True)
-    except UserError as error:
-        sys.exit(str(error))
+def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
+    """See `qlib.tools.adapter`. The values are read back from the file by llama.cpp itself."""
+    refuse(options, "iterations", "damp", "act_order")
+    subject, threads = load(str(folder)), torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as place:
+        names = ("exact.gguf", "matrix.npz", "packed.gguf", "plain.gguf")
+        exact, matrix, packed, plain = (Path(place) / name for name in names)
+        architecture = export(subject, exact, dense="f32")["architecture"]
+        begun = time.perf_counter()
+        np.savez(matrix, **importance(subject.model, list(ids.split(16))))
+        told = into_type(exact, packed, options.kind, matrix, OUTER, threads=threads)
+        seconds = time.perf_counter() - begun
+        dequantize(packed, plain, threads)
+        stored = {tensor.name: torch.tensor(tensor.data) for tensor in GGUFReader(plain).tensors}
+    config, family, weights = subject.config, family_of(subject.config), {}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for index in range(config.num_hidden_layers):
+        for path in (path for group in family.groups for path in group):
+            weight = stored[f"blk.{index}.{TENSORS[path]}.weight"]
+            if architecture == "llama" and TENSORS[path] in heads:  # where channels rotated together are neighbours
+                weight = weight.unflatten(0, (heads[TENSORS[path]], -1, 2)).transpose(1, 2).flatten(0, 2)
+            weights[f"{family.blocks}.{index}.{path}"] = weight
+    used = {"kind": options.kind, "imatrix": f"{ids.numel()} tokens", "embedding and head": OUTER}
+    used |= {"types": told["types"], "warnings": told["warnings"]}
+    return Quantized(weights, seconds, told["bits_per_weight"], used, told["bytes"])

@@ -10,7 +10,7 @@ import numpy as np
 from qlib.errors import UserError
 from qlib.tools.llama_session import failed, messages, start
 
-__all__ = ["Tensor", "quantize", "tensors_of"]
+__all__ = ["Tensor", "dequantize", "quantize", "tensors_of"]
 
 
 class Tensor(NamedTuple):
@@ -110,3 +110,16 @@ def quantize(
         "bytes": Path(target).stat().st_size,
         "warnings": [line for line in messages if line],
     }
+
+
+def dequantize(source: str | Path, target: str | Path, threads: int = 1) -> None:
+    """Write the fp32 values that a quantized GGUF file stands for, by llama.cpp itself.
+
+    Raises:
+        UserError: llama.cpp refuses.
+    """
+    start()
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread, options.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, threads, True
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options)):
+        raise failed(f"{source} cannot be read back")

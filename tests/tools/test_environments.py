@@ -1,10 +1,16 @@
 """Environments of tools, with a tool that is a few bytes and lies on this machine: nothing is downloaded."""
 
 import json
+import os
+import re
+import signal
+import socket
 import subprocess
+import threading
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qlib.cli import main
@@ -74,6 +80,48 @@ def test_life_of_an_environment(project, capfd):
     assert main(["tools", "remove", "fake-tool"]) == 0
     assert "freed" in capfd.readouterr().out
     assert not environment.folder.exists() and not environment.kernel.exists()
+
+
+def state_in_list(capfd) -> str:
+    capfd.readouterr()
+    assert main(["tools", "list"]) == 0
+    row = capfd.readouterr().out.splitlines()[1]
+    return re.split(" {2,}", row)[2]
+
+
+@pytest.mark.slow
+def test_without_network_is_one_line_and_leaves_nothing_that_looks_installed(project, capfd, monkeypatch):
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # of nobody, once it is closed
+    pip = f"--pip-args=--retries 1 --index-url http://127.0.0.1:{port}/simple"
+    assert main(["tools", "install", "fake-tool", pip]) == 1
+    environment = environment_of("fake-tool")
+    said = capfd.readouterr().out.splitlines()
+    assert said[1:] == [f"fake-tool: no network: pip could not reach its index (log: {environment.log})"]
+    assert state_in_list(capfd) == "unfinished" and not environment.kernel.exists()
+    with pytest.raises(UserError, match="fake-tool is unfinished: run `qlib tools install fake-tool`"):
+        environment.python()
+
+
+@pytest.mark.slow
+def test_a_killed_install_is_not_installed_and_the_next_one_repairs_it(project, capfd, monkeypatch):
+    """pip waits for an index that accepts the connection and never answers: there it is killed."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        index, codes = f"--pip-args=--index-url http://127.0.0.1:{server.getsockname()[1]}/simple", []
+        install = threading.Thread(target=lambda: codes.append(main(["tools", "install", "fake-tool", index])))
+        install.start()
+        server.settimeout(60)
+        connection, _ = server.accept()
+        pip = [one for one in psutil.Process().children() if "pip" in one.cmdline()]
+        os.kill(pip[0].pid, signal.SIGKILL)
+        install.join(60)
+        connection.close()
+    assert codes == [1] and "fake-tool: pip failed with code -9" in capfd.readouterr().out
+    assert state_in_list(capfd) == "unfinished" and not environment_of("fake-tool").kernel.exists()
+    assert main(["tools", "install", "fake-tool", f"--pip-args=--no-index --find-links {project / 'wheels'}"]) == 0
+    assert state_in_list(capfd) == "installed"
 
 
 def test_bad_input_is_one_line(project, capfd):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader, quants
 
 from qlib.compress import compress
 from qlib.errors import UserError
@@ -60,7 +61,8 @@ QUANTIZED = {
     "wide": (dict(hidden_size=256, head_dim=64, intermediate_size=512), "Q2_K", {"Q2_K", "Q3_K"}, (2.6, 3.4)),
     "newest": (dict(hidden_size=256, head_dim=64, intermediate_size=512), "Q2_0", {"Q2_0"}, (2.25, 2.25)),
 }
-
+#: Types that the gguf package can read as well.
+READ = ("Q4_0", "IQ4_NL", "Q8_0")
 
 
 def logits(subject, ids):
@@ -118,10 +120,14 @@ def found(tmp_path_factory, tiny_model, tokenizer, exam):
         source, weights = export(subject, folder / f"{name}.gguf")["file"], folder / f"{name}.npz"
         np.savez(weights, **importance(subject.model, [IDS]))
         calls[name] = "quantize", dict(source=source, target=folder / "q.gguf", kind=kind, importance=weights)
+    for kind in READ:
+        own, read = (folder / f"{kind}-{end}.gguf" for end in ("own", "read"))
+        calls[f"{kind}-own"] = "quantize", dict(source=file, target=own, kind=kind)
+        calls[f"{kind}-read"] = "dequantize", dict(source=own, target=read)
     timing = dict(model="reference", threads=1, prompt=16, context=8, rounds=3)
     calls["layer"] = "time_layer", timing | {"kinds": ["Q4_0", "F16"]}
     told = dict(zip(calls, call_all(*calls.values())))
-    return SimpleNamespace(ours=ours, told=told, load=lambda name: np.load(folder / name))
+    return SimpleNamespace(ours=ours, told=told, folder=folder, load=lambda name: np.load(folder / name))
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -162,6 +168,15 @@ def test_llama_cpp_quantizes_and_says_what_fell_back(found, name):
     assert types <= set(told["types"]) and told["types"]["F16"] == 2  # embedding and head
     assert low <= told["bits_per_weight"] <= high
     assert bool(told["warnings"]) == (name == "narrow")
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_values_that_it_reads_back_are_those_of_the_gguf_package(found, kind):
+    stored, values = (GGUFReader(found.folder / f"{kind}-{end}.gguf").tensors for end in ("own", "read"))
+    assert kind in {tensor.tensor_type.name for tensor in stored}
+    for one, plain in zip(stored, values, strict=True):
+        assert (one.name, plain.tensor_type.name) == (plain.name, "F32")
+        np.testing.assert_array_equal(quants.dequantize(one.data, one.tensor_type), plain.data, err_msg=one.name)
 
 
 def test_timings_are_one_number_for_each_round(found):

@@ -33,6 +33,12 @@ def test_every_tool_has_strategies_with_the_same_text():
         ({"family": "combined"}, "recipe: pass tool is not allowed for family combined"),
         ({"recipe": [{"pass": "rtn"}]}, "recipe: rtn is not allowed for family tool; allowed: {pass: tool} alone"),
         ({"recipe": [{"pass": "tool", "name": "gptq-model"}]}, "did you mean 'gptqmodel'"),
+        ({"recipe": [{"pass": "tool", "kind": "Q4_0"}]}, "kind: Q4_0 is not allowed for gptqmodel; allowed: null"),
+        ({"recipe": [{"pass": "tool", "name": "llama-cpp"}]}, "kind: null is not allowed for llama-cpp; allowed: Q8"),
+        (
+            {"recipe": [{"pass": "tool", "name": "llama-cpp", "kind": "Q2_0"}]},
+            "recipe[0]: kind: Q2_0 needs bits: 2, group_size: 64, symmetric: true",
+        ),
         ({"recipe": [{"pass": "tool", "bits": 5}]}, "recipe[0].bits: 5 is not allowed; allowed: 2, 3, 4, 8"),
     ],
 )

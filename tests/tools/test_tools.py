@@ -16,6 +16,8 @@ from qlib.tools.exam import Exam
 from qlib.tools.run import run_tool
 
 pytestmark = [pytest.mark.tools, pytest.mark.slow]
+#: Settings in which a tool differs from the others here.
+OWN = {"auto-round": {"iterations": 2}, "llama-cpp": {"kind": "IQ4_NL", "bits": 4, "symmetric": True}}
 
 
 @pytest.fixture(params=sorted(ADAPTERS))
@@ -37,16 +39,15 @@ def test_scorer_inside_agrees_with_scorer_outside(tool, model_folder, tmp_path):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
     folder = model_folder("qwen2", hidden_size=128, intermediate_size=256, **heads)
     ids = torch.from_numpy(np.random.default_rng(1).integers(1, 300, size=(8, 64)))
-    extra = {"iterations": 2} if tool == "auto-round" else {}
-    options, exam = Options(tool, bits=3, group_size=32, symmetric=False, **extra), make_exam()
+    options, exam = Options(tool, **{"bits": 3, "group_size": 32, "symmetric": False} | OWN.get(tool, {})), make_exam()
     found = run_tool(options, folder, ids, exam, tmp_path / "work", threads=1)
     weights = {name.removesuffix(".weight"): weight for name, weight in load_file(found.weights).items()}
     assert len(weights) == 14 and found.seconds > 0 and found.versions["torch"].startswith("2.13.0")
-    assert found.bits_per_weight == 3 + (16 + 3) / 32
+    assert found.bits_per_weight == options.bits + (16 + options.bits * (not options.symmetric)) / 32
     subject = load(str(folder))
-    for name, weight in weights.items():  # at most 8 values in a group, near what they were
+    for name, weight in weights.items():  # at most as many values in a group as it has codes, near what they were
         exact = subject.model.get_submodule(name).weight.float()
-        assert max(len(group.unique()) for group in weight.reshape(-1, 32)) <= 8, name
+        assert max(len(group.unique()) for group in weight.reshape(-1, 32)) <= 2**options.bits, name
         assert (weight - exact).norm() / exact.norm() < 0.3, name
     put_weights(subject.model, weights)
     outside = answer(subject, exam.items, exam.texts, exam.start)
