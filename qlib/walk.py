@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qlib.models.families import blocks_of, family_of
+from qlib.plain_attention import PlainAttention
 from qlib.progress import progress
 
 __all__ = ["walk", "Visit", "feed_groups", "first_inputs", "run_block", "Batch"]
@@ -98,7 +99,8 @@ def first_inputs(model: nn.Module, ids: list[torch.Tensor]) -> list[Batch]:
 @torch.no_grad()
 def run_block(block: nn.Module, batches: list[Batch]) -> list[Batch]:
     """Run one block over all batches; older blocks return a tuple, newer ones the hidden states."""
-    outputs = [(block(hidden, **kwargs), kwargs) for hidden, kwargs in batches]
+    with PlainAttention():
+        outputs = [(block(hidden, **kwargs), kwargs) for hidden, kwargs in batches]
     return [(out[0] if isinstance(out, tuple) else out, kwargs) for out, kwargs in outputs]
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from qlib.models.families import blocks_of, family_of
+from qlib.plain_attention import PlainAttention
 from qlib.walk import feed_groups, walk
 
 
@@ -42,7 +43,9 @@ def some_ids(batches=2):
 def test_every_group_is_fed_what_reaches_it(tiny_model):
     for kind in ("qwen2", "qwen3", "llama", "mistral"):
         model, ids = tiny_model(kind), some_ids()
-        expected, fed = record_inputs(model, ids), feed_all(model, ids)
+        with PlainAttention():  # as in the walk, so that not even the rounding differs
+            expected = record_inputs(model, ids)
+        fed = feed_all(model, ids)
         assert set(fed) == set(expected)
         for key, inputs in fed.items():
             torch.testing.assert_close(inputs, expected[key], rtol=0, atol=0)
@@ -57,13 +60,14 @@ def halve_the_first(visit):
 def test_the_next_block_sees_the_output_of_the_compressed_one(tiny_model):
     model, ids = tiny_model(), some_ids(1)
     fed = feed_all(model, ids, halve_the_first)
-    after = record_inputs(model, ids)  # the model now holds the halved weights
+    with PlainAttention():
+        after = record_inputs(model, ids)  # the model now holds the halved weights
     torch.testing.assert_close(fed[1, "self_attn.q_proj"], after[1, "self_attn.q_proj"], rtol=0, atol=0)
 
 
 def test_targets_are_what_the_uncompressed_model_hands_on(tiny_model):
     model, ids, seen = tiny_model(), some_ids(), {}
-    with torch.no_grad():
+    with torch.no_grad(), PlainAttention():
         states = [model(input_ids=batch, output_hidden_states=True).hidden_states for batch in ids]
     for visit in walk(model, ids, targets=True):
         seen[visit.index] = visit.targets

@@ -10,6 +10,8 @@ from typing import Any, Sequence
 
 from qlib.errors import UserError, nearest
 from qlib.paths import write_atomic
+from qlib.runs.provenance import provenance
+from qlib.tools.environments import environment_of, names
 
 __all__ = ["add_command", "benchmarks", "run_benchmarks", "rows_text"]
 
@@ -56,6 +58,7 @@ def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path) 
         if name not in known:
             raise UserError(f"--only: '{name}' is no benchmark{nearest(name, known)}; allowed: {', '.join(known)}")
     begun, done = time.perf_counter(), _read(target)
+    where = provenance() | {"tools": {tool: environment_of(tool, root).version for tool in names(root)}}
     for name in only or known:
         if time.perf_counter() - begun > limit:
             print(f"{name}: not started, the time limit of {limit:.0f} s is over", flush=True)
@@ -63,7 +66,7 @@ def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path) 
         print(f"{name}: {known[name]}", flush=True)
         start = time.perf_counter()
         rows = import_module(f"qlib.bench.bench_{name}").measure(root)
-        done[name] = [asdict(row) | {"benchmark": name} for row in rows]
+        done[name] = [asdict(row) | {"benchmark": name, "provenance": where} for row in rows]
         print(rows_text(done[name]), f"{name}: {time.perf_counter() - start:.0f} s\n", sep="\n", flush=True)
         write_atomic(target, json.dumps([row for one in known for row in done.get(one, [])], indent=1) + "\n")
     print(target)

@@ -417,6 +417,45 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *cos, const 
     }
 }
 
+// Rows of scores [rows, keys] become weights, in place. Row r sees `first` keys and r % piece + 1 more; others get 0.
+void causal_softmax(bf16 *scores, long rows, long keys, long first, long piece, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        float *numbers = malloc(sizeof(float) * (keys + 16));
+#pragma omp for
+        for (long r = 0; r < rows; r++) {
+            bf16 *row = scores + r * keys;
+            long seen = LEAST(first + r % piece + 1, keys);
+            __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+            for (long k = 0; k < seen; k += 16) {
+                __mmask16 there = seen - k < 16 ? (1 << (seen - k)) - 1 : 0xffff;
+                __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, row + k));
+                __m512 some = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+                some = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), there, some);
+                _mm512_storeu_ps(numbers + k, some);
+                most = _mm512_max_ps(most, some);
+            }
+            most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+            for (long k = 0; k < seen; k += 16) {
+                __m512 some = _mm512_loadu_ps(numbers + k);
+                __mmask16 there = _mm512_cmp_ps_mask(some, _mm512_set1_ps(-INFINITY), _CMP_NEQ_UQ);
+                some = _mm512_maskz_mov_ps(there, exp16(_mm512_sub_ps(some, most)));
+                _mm512_storeu_ps(numbers + k, some);
+                total = _mm512_add_ps(total, some);
+            }
+            __m512 factor = _mm512_set1_ps(1 / _mm512_reduce_add_ps(total));
+            for (long k = 0; k < seen; k += 16) {
+                __mmask16 there = keys - k < 16 ? (1 << (keys - k)) - 1 : 0xffff;
+                __m512 some = _mm512_mul_ps(_mm512_loadu_ps(numbers + k), factor);
+                _mm256_mask_storeu_epi16(row + k, there, (__m256i)_mm512_cvtneps_pbh(some));
+            }
+            long done = (seen + 15) / 16 * 16;
+            if (done < keys) memset(row + done, 0, sizeof(bf16) * (keys - done));
+        }
+        free(numbers);
+    }
+}
+
 // A linear that multiplies one row. `kind`: 0 int4_row, 1 int8_rows, 2 int8_dot.
 typedef struct {
     long kind, in, channels, group;

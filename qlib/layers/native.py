@@ -20,7 +20,7 @@ from qlib.paths import cache_folder
 
 __all__ = [
     "missing", "takes", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "rms_norm", "attend",
-    "round_columns", "RowKernel", "Blocks",
+    "causal_softmax", "round_columns", "RowKernel", "Blocks",
 ]  # fmt: skip
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -31,7 +31,7 @@ BUILD_SECONDS = 120
 ARGUMENTS = {
     "quantize_rows": "ppppnn", "int8_dot": "pppppppnnn", "int8_rows": "ppppppnnnn", "int4_row": "pppppnnn",
     "int4_expand": "pppnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
-    "round_columns": "ppppppnnn",
+    "round_columns": "ppppppnnn", "causal_softmax": "pnnnn",
 }  # fmt: skip
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
 
@@ -173,6 +173,14 @@ def attend(
     out, (kv_heads, capacity, dim) = torch.empty_like(q), keys.shape
     _call("attend", q, k, v, *rotary, keys, values, out, q.shape[1] // dim, kv_heads, dim, capacity, used)
     return out
+
+
+def causal_softmax(scores: torch.Tensor, first: int, piece: int) -> None:
+    """Softmax over the last axis of bf16 `scores [..., keys]`, in place, infinities left out.
+
+    Row r of the last but one axis sees the first `first + r % piece + 1` keys, all others get weight 0.
+    """
+    _call("causal_softmax", scores, scores.numel() // scores.shape[-1], scores.shape[-1], first, piece)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from qlib.layers import packed_layers
 from qlib.models.families import blocks_of
 from qlib.models.load import Subject, load
 from qlib.progress import progress
-from qlib.quantize.plain_attention import PlainAttention
+from qlib.plain_attention import PlainAttention
 from qlib.recipe import Context
 from qlib.train.fake_quant import pack_again, unpack_for_training
 from qlib.train.finetune import distillation_loss

@@ -16,7 +16,7 @@ from qlib.errors import UserError
 from qlib.layers import pack
 from qlib.prune.mask import mask_of
 from qlib.quantize.formats import GridOptions
-from qlib.quantize.plain_attention import PlainAttention
+from qlib.plain_attention import PlainAttention
 from qlib.quantize.rounding import Rounding
 from qlib.recipe import BlockContext
 

@@ -1,13 +1,14 @@
 """The book: every run found under a folder, in the report's order, with published records where nothing was run."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from qlib.errors import UserError, nearest
 from qlib.paths import slug
+from qlib.report.bench import BENCH, read_bench
 from qlib.report.html import slug as html_slug
 from qlib.report.measures import FAMILIES
 from qlib.report.numbers import ABSENT, keeps, number
@@ -88,10 +89,15 @@ class Book:
     """All entries in order. `strategies` are the rows of the report, `speed` the records of true shapes.
 
     Quick checks (tier smoke) are rows only where a model has no others: their figures mean nothing.
+
+    Attributes:
+        known: names of all strategy files.
+        bench: rows of the benchmarks side by side with other tools.
     """
 
     entries: tuple[Entry, ...]
     known: frozenset[str] = frozenset()
+    bench: tuple[dict, ...] = ()
 
     @cached_property
     def strategies(self) -> tuple[Entry, ...]:
@@ -128,6 +134,10 @@ class Book:
         """The strategies of a model (default: the first) and, if given, of a family."""
         model = model or next(iter(self.models), None)
         return [e for e in self.strategies if e.model == model and family in (None, e.family)]
+
+    def part(self, keep: Callable[[Entry], bool]) -> "Book":
+        """The book with fewer strategies; everything else stays."""
+        return replace(self, entries=tuple(e for e in self.entries if e.family in APART or keep(e)))
 
     def baseline(self, like: Entry) -> Entry | None:
         """The baseline that `like` is compared with: same model, and same protocol and device where there is one."""
@@ -178,7 +188,7 @@ def sources(runs: Path, published: Path) -> list[Path]:
     runs, published = Path(runs), Path(published)
     files = [p for name in ("record", "status", "result") for p in runs.glob(f"*/*/*/{name}.json")]
     files = [p for p in files if p.relative_to(runs).parts[0] != "cache"]
-    return sorted(files) + sorted(published.glob("records/**/record.json"))
+    return sorted(files) + sorted(published.glob("records/**/record.json")) + list(published.parent.glob(BENCH))
 
 
 def collect(runs: str | Path, published: str | Path, params: str | Path | None = None) -> Book:
@@ -186,7 +196,7 @@ def collect(runs: str | Path, published: str | Path, params: str | Path | None =
 
     Args:
         runs: folder of ``<model>/<device>/<strategy>/``.
-        published: folder of ``records/<strategy>/record.json``.
+        published: folder of ``records/<strategy>/record.json``; beside it lies what `qlib bench` wrote.
         params: folder of strategy files; names, families and recipes of strategies that left no record.
     """
     files = sources(Path(runs), Path(published))
@@ -195,13 +205,14 @@ def collect(runs: str | Path, published: str | Path, params: str | Path | None =
     for folder in sorted({p.parent for p in files if p.is_relative_to(runs)}):
         entry = _run(folder, plans)
         entries[entry.model, entry.device, entry.name] = entry
-    for file in (p for p in files if not p.is_relative_to(runs)):
+    for file in (p for p in files if not p.is_relative_to(runs) and p.name == "record.json"):
         record, _ = _read(file)
         if record:
             names = (slug(str(record.get("model") or "unknown")), str(record.get("device") or "cpu"), file.parent.name)
             entry = _entry(file.parent, "published", record, {}, plans, names)
             entries.setdefault((entry.model, entry.device, entry.name), entry)
-    return Book(tuple(sorted(entries.values(), key=lambda e: e.order)), frozenset(plans))
+    bench = read_bench(Path(published).parent / BENCH)
+    return Book(tuple(sorted(entries.values(), key=lambda e: e.order)), frozenset(plans), bench)
 
 
 def _run(folder: Path, plans: dict[str, dict]) -> Entry:

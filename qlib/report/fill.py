@@ -13,8 +13,11 @@ from typing import Callable
 from qlib.errors import UserError, nearest
 from qlib.progress import clock
 from qlib.report import numbers, words
+from qlib.report.bench import bench_words
 from qlib.report.book import Book, Entry
 from qlib.report.measures import FAMILIES, FIELDS, MEASURES
+from qlib.report.quantized import METHODS, method_words
+from qlib.report.rivals import rival_words
 
 __all__ = ["fill", "escape", "entry_words", "book_words", "lesson_words"]
 
@@ -30,6 +33,8 @@ SENTENCES: dict[str, Callable[[Book], str]] = {
     "precision": words.precision_words,
     "ablation": words.ablation_words,
     "literature": words.literature_words,
+    "rivals": rival_words,
+    "bench": lambda book: bench_words(book.bench),
 }
 
 
@@ -72,19 +77,21 @@ def entry_words(entry: Entry | None) -> Callable[[str], str]:
 
 
 def book_words(book: Book) -> Callable[[str], str]:
-    """Resolve placeholders of the report: ``finding``, ``verdict: NAME``, ``family: NAME``, ``NAME: measurement``."""
+    """Resolve placeholders of the report: ``finding``, ``verdict: NAME``, ``methods: GROUP``, ``NAME: measurement``."""
 
     def resolve(name: str) -> str:
         scope, colon, path = (part.strip() for part in name.partition(":"))
         if not colon:
             if scope in SENTENCES:
                 return SENTENCES[scope](book)
-            allowed = f"{', '.join(SENTENCES)}, verdict: NAME, family: NAME, NAME: measurement"
+            allowed = f"{', '.join(SENTENCES)}, verdict: NAME, family: NAME, methods: GROUP, NAME: measurement"
             raise UserError(f"unknown{nearest(scope, SENTENCES)}; allowed: {allowed}")
         if scope == "verdict":
             return words.verdict(book, book.get(path))
         if scope == "family":
             return words.family_words(book, _known(path, FAMILIES))
+        if scope == "methods":
+            return method_words(book, _known(path, METHODS))
         entry = book.get(scope)
         if path in ABOUT:
             return _about(entry, path)

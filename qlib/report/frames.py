@@ -1,20 +1,16 @@
-"""Data frames for the figures, made from the book, and what each figure shows in words for its alternative text."""
+"""Data frames for the figures of the report's page, made from the book, and what each figure shows in words."""
 
-from typing import Any, Sequence
+from typing import Sequence
 
 from qlib.report.book import SPEED_MODEL, Book, Entry
 from qlib.report.numbers import number
+from qlib.report.record_frames import curve_frame, data_frame, formats_frame, levels_frame, spread, spread_columns
 from qlib.report.relations import is_control
-from qlib.report.tables import floor
 from qlib.report.trained import ablations
 
 __all__ = [
     "pareto_frame", "delta_frame", "ratio_frame", "ablation_frame", "training_frame", "precision_frame", "level_frame",
-    "levels_frame", "speed_frame", "formats_frame", "layer_frame", "curve_frame", "pareto_alt", "delta_alt",
-    "ratio_alt", "curve_alt", "layer_alt", "level_alt", "speed_alt",
-    "pruned_frame", "kept_frame", "stayed_frame", "kept_alt", "passes_frame",
-    "sensitivity_frame", "allocation_frame", "curves_frame", "difference_frame", "sensitivity_alt", "allocation_alt",
-    "difference_alt",
+    "speed_frame", "pareto_alt", "delta_alt", "ratio_alt", "curve_alt", "level_alt", "speed_alt",
 ]  # fmt: skip
 
 PARETO = {
@@ -23,21 +19,6 @@ PARETO = {
     "perplexity": "quality.perplexity",
     "accuracy": "quality.accuracy",
 }
-
-
-def _frame(rows: list[dict], columns: list[str]):
-    import pandas
-
-    return pandas.DataFrame(rows, columns=columns)
-
-
-def _spread(name: str, measurement: dict | None) -> dict[str, float | None]:
-    ends = {f"{name}_{end}": number(measurement, end) for end in ("low", "high")}
-    return {name: number(measurement), **ends}
-
-
-def _columns(*names: str) -> list[str]:
-    return [column for name in names for column in (name, f"{name}_low", f"{name}_high")]
 
 
 def pareto_frame(book: Book, model: str | None = None, families: Sequence[str] = ()):
@@ -55,8 +36,8 @@ def pareto_frame(book: Book, model: str | None = None, families: Sequence[str] =
         found = {key: entry.measure(name) for key, name in PARETO.items()}
         row = {"strategy": entry.name, "family": entry.family, "bits": number(found["bits"])}
         row["disk"] = None if number(found["disk"]) is None else number(found["disk"]) / 1e6
-        rows.append(row | _spread("perplexity", found["perplexity"]) | _spread("accuracy", found["accuracy"]))
-    frame = _frame(rows, ["strategy", "family", "bits", "disk", *_columns("perplexity", "accuracy")])
+        rows.append(row | spread("perplexity", found["perplexity"]) | spread("accuracy", found["accuracy"]))
+    frame = data_frame(rows, ["strategy", "family", "bits", "disk", *spread_columns("perplexity", "accuracy")])
     return frame.dropna(subset=["disk", "accuracy"]).reset_index(drop=True)
 
 
@@ -67,8 +48,8 @@ def delta_frame(book: Book, model: str | None = None):
         baseline = book.baseline(entry)
         accuracy = number(baseline and baseline.measure("quality.accuracy"))
         row = {"strategy": entry.name, "family": entry.family, "gate": accuracy and -0.01 * accuracy}
-        rows.append(row | _spread("delta", entry.measure("quality.accuracy_delta")))
-    frame = _frame(rows, ["strategy", "family", *_columns("delta"), "gate"])
+        rows.append(row | spread("delta", entry.measure("quality.accuracy_delta")))
+    frame = data_frame(rows, ["strategy", "family", *spread_columns("delta"), "gate"])
     return frame.dropna(subset=["delta"]).reset_index(drop=True)
 
 
@@ -77,8 +58,8 @@ def ratio_frame(book: Book, family: str | None = None, model: str | None = None)
     rows = []
     for entry in book.of(model, family):
         row = {"strategy": entry.name, "family": entry.family}
-        rows.append(row | _spread("ratio", entry.measure("quality.perplexity_ratio")))
-    frame = _frame(rows, ["strategy", "family", *_columns("ratio")]).dropna(subset=["ratio"])
+        rows.append(row | spread("ratio", entry.measure("quality.perplexity_ratio")))
+    frame = data_frame(rows, ["strategy", "family", *spread_columns("ratio")]).dropna(subset=["ratio"])
     return frame.sort_values("ratio", kind="stable").reset_index(drop=True)
 
 
@@ -87,8 +68,9 @@ def ablation_frame(book: Book, model: str | None = None):
     rows = []
     for part in (part for group in ablations(book, model) for part in group if part.missing):
         row = {"strategy": part.entry.name, "family": part.entry.family}
-        rows.append(row | _spread("ratio", part.ratio))
-    return _frame(rows, ["strategy", "family", *_columns("ratio")]).dropna(subset=["ratio"]).reset_index(drop=True)
+        rows.append(row | spread("ratio", part.ratio))
+    frame = data_frame(rows, ["strategy", "family", *spread_columns("ratio")])
+    return frame.dropna(subset=["ratio"]).reset_index(drop=True)
 
 
 def training_frame(book: Book, family: str | None = None, model: str | None = None):
@@ -122,49 +104,11 @@ def level_frame(book: Book, model: str | None = None):
     return pandas.concat(frames, ignore_index=True) if frames else levels_frame([], None)
 
 
-def levels_frame(levels: list[dict], strategy: Any):
-    """The same of one strategy, anything with a name and a family, from its list of ``{level, value, low, high}``."""
-    rows = []
-    for level in levels:
-        row = {"strategy": strategy.name, "family": strategy.family, "level": str(level.get("level"))}
-        rows.append(row | _spread("accuracy", level))
-    frame = _frame(rows, ["strategy", "family", "level", *_columns("accuracy")])
-    return frame.dropna(subset=["accuracy"]).reset_index(drop=True)
-
-
 def speed_frame(book: Book, model: str = SPEED_MODEL, device: str | None = None):
     """format, decode and prefill time with intervals (ms), and the decode step's roofline floor (ms)."""
     records = book.speed.get(model, {})
     entry = records.get(device or next(iter(records), ""))
     return formats_frame(entry.record["formats"] if entry else {})
-
-
-def formats_frame(formats: dict[str, dict[str, dict]]):
-    """The same from a speed record's ``formats``."""
-    rows = []
-    for name, measures in formats.items():
-        row: dict[str, Any] = {"format": name, "floor": number(floor(measures))}
-        for key in ("decode", "prefill"):
-            row |= _spread(key, measures.get(f"latency.{key}_ms"))
-        rows.append(row)
-    return _frame(rows, ["format", *_columns("decode", "prefill"), "floor"])
-
-
-def layer_frame(layers: list[dict], strategy: str = ""):
-    """strategy, block, linear, error: from a record's ``details.layers``, a list of ``{name, error, ...}``."""
-    rows = []
-    for layer in layers:
-        parts = str(layer.get("name", "")).split(".")
-        block = next((int(part) for part in parts if part.isdigit()), None)
-        error = number({"value": layer.get("error")})
-        rows.append({"strategy": strategy, "block": block, "linear": parts[-1], "error": error})
-    return _frame(rows, ["strategy", "block", "linear", "error"]).dropna(subset=["error"]).reset_index(drop=True)
-
-
-def curve_frame(points: list, series: str = "loss"):
-    """tokens, loss, series: from a list of ``[tokens, loss]``."""
-    rows = [{"tokens": p[0], "loss": p[1], "series": series} for p in points]
-    return _frame(rows, ["tokens", "loss", "series"]).dropna().reset_index(drop=True)
 
 
 def pareto_alt(frame, x: str = "disk", y: str = "accuracy") -> str:
@@ -217,18 +161,6 @@ def curve_alt(frame) -> str:
     return f"Loss in nats per token: {'; '.join(ends)}."
 
 
-def layer_alt(frame) -> str:
-    """The finding of the layer errors in words."""
-    if frame.empty:
-        return "No layer errors were recorded."
-    worst, best = frame.loc[frame["error"].idxmax()], frame.loc[frame["error"].idxmin()]
-    means = frame.groupby("linear", sort=False)["error"].mean()
-    return (
-        f"The error is largest in {worst['linear']} of block {worst['block']} with {worst['error']:.3g} and smallest "
-        f"in {best['linear']} of block {best['block']} with {best['error']:.3g}; on average {means.idxmax()} suffers most."
-    )
-
-
 def level_alt(frame) -> str:
     """The finding of the levels in words: where the spread between strategies is largest."""
     if frame.empty:
@@ -252,143 +184,3 @@ def speed_alt(frame, part: str = "decode") -> str:
         f"{part.capitalize()}: {fast['format']} is fastest with {fast[part]:,.5g} milliseconds, "
         f"{slow['format']} slowest with {slow[part]:,.5g}."
     )
-
-
-def pruned_frame(details: dict, strategy: str = ""):
-    """strategy, block, linear, error: of the weights that were masked, or of the outputs of a narrowed model."""
-    if not details.get("width"):
-        return layer_frame(details.get("layers") or [], strategy)
-    parts = {"o_proj": "attention_error", "o_proj before": "attention_error_plain"}
-    parts |= {"down_proj": "ffn_error", "down_proj before": "ffn_error_plain"}
-    rows = [
-        {"strategy": strategy, "block": one["block"], "linear": linear, "error": one[key]}
-        for linear, key in parts.items()
-        for one in details["width"]
-    ]
-    return _frame(rows, ["strategy", "block", "linear", "error"])
-
-
-def kept_frame(panels: dict[str, Any]):
-    """panel, row, column, kept: from matrices of true and false by title."""
-    rows = [
-        {"panel": panel, "row": row, "column": column, "kept": bool(kept)}
-        for panel, matrix in panels.items()
-        for row, line in enumerate(matrix)
-        for column, kept in enumerate(line)
-    ]
-    return _frame(rows, ["panel", "row", "column", "kept"])
-
-
-def stayed_frame(subject: Any, size: int = 32):
-    """The same of a pruned subject: the heads of a narrowed one by block, or else corners of two of the masks."""
-    width = subject.details.get("width")
-    if width:
-        count = round(len(width[0]["heads"]) / subject.details["kept"]["heads"])
-        return kept_frame({"Attention heads": [[head in one["heads"] for head in range(count)] for one in width]})
-    names = [layer["name"] for layer in subject.details["layers"]]
-    picked = {names[0].rpartition(".")[2]: names[0], names[-1].rpartition(".")[2]: names[-1]}
-    weights = {title: subject.model.get_submodule(name).weight for title, name in picked.items()}
-    return kept_frame({title: (weight[:size, :size] != 0).tolist() for title, weight in weights.items()})
-
-
-def kept_alt(frame) -> str:
-    """The finding of a picture of masks in words."""
-    if frame.empty:
-        return "Nothing was pruned."
-    by_row = frame.groupby(["panel", "row"], sort=False)["kept"].mean().groupby(level=0, sort=False)
-    shown = [
-        f"{panel}: {100 * rows.mean():.3g} % of the cells stayed, {100 * rows.min():.3g} to {100 * rows.max():.3g} % in a row"
-        for panel, rows in by_row
-    ]
-    return "; ".join(shown) + "."
-
-
-def passes_frame(training: list[dict]):
-    """tokens, loss, series: training and development loss of one strategy's training passes, one after the other.
-
-    Args:
-        training: a record's ``details.training``. Tokens are counted over all passes.
-    """
-    import pandas
-
-    frames, before = [curve_frame([])], 0
-    for number_, one in enumerate(training, start=1):
-        place = f" {number_} of {len(training)}" if len(training) > 1 else ""
-        for key, name in (("curve", "training"), ("development", "development text")):
-            points = [[before + tokens, loss] for tokens, loss in one[key]]
-            frames.append(curve_frame(points, name + place))
-        before += one["tokens"]
-    return pandas.concat([f for f in frames if len(f)] or frames, ignore_index=True)
-
-
-def sensitivity_frame(sensitivity: list[dict], bits: int | None = None):
-    """block, linear, bits, kl: from a record's ``details.sensitivity``; default: of the least width alone."""
-    rows = [{**_place(one["name"]), "bits": one["bits"], "kl": one["kl"]} for one in sensitivity]
-    frame = _frame(rows, ["block", "linear", "bits", "kl"])
-    return frame[frame["bits"] == (frame["bits"].min() if bits is None else bits)].reset_index(drop=True)
-
-
-def allocation_frame(allocation: dict[str, int]):
-    """block, linear, bits: from a record's ``details.allocation``."""
-    rows = [{**_place(name), "bits": bits} for name, bits in allocation.items()]
-    return _frame(rows, ["block", "linear", "bits"])
-
-
-def _place(name: str) -> dict[str, Any]:
-    """Block and kind of a linear, from its path."""
-    parts = name.split(".")
-    return {"block": next((int(part) for part in parts if part.isdigit()), None), "linear": parts[-1]}
-
-
-def curves_frame(curves: dict[str, dict[str, list]]):
-    """tokens, loss, series: from ``details.curves`` of a comparison of precisions; seeds share a series."""
-    rows = [
-        {"tokens": tokens, "loss": loss, "series": name}
-        for name, seeds in curves.items()
-        for points in seeds.values()
-        for tokens, loss in points
-    ]
-    return _frame(rows, ["tokens", "loss", "series"])
-
-
-def difference_frame(curves: dict[str, dict[str, list]], reference: str = "fp32"):
-    """tokens, difference, series, seed: loss minus that of the reference, by seed."""
-    rows = []
-    for name, seeds in curves.items():
-        for seed, points in seeds.items():
-            base = dict(map(tuple, curves[reference][seed]))
-            same = [(tokens, loss - base[tokens]) for tokens, loss in points if tokens in base and name != reference]
-            rows += [{"tokens": tokens, "difference": gap, "series": name, "seed": seed} for tokens, gap in same]
-    return _frame(rows, ["tokens", "difference", "series", "seed"])
-
-
-def sensitivity_alt(frame) -> str:
-    """The finding of the sensitivities in words."""
-    if frame.empty:
-        return "No sensitivity was measured."
-    worst, best = frame.loc[frame["kl"].idxmax()], frame.loc[frame["kl"].idxmin()]
-    means = frame.groupby("linear", sort=False)["kl"].mean()
-    return (
-        f"At {worst['bits']} bits rounding {worst['linear']} of block {worst['block']} alone moves the model most, by "
-        f"{worst['kl']:.2g} nats per token, {best['linear']} of block {best['block']} least, by {best['kl']:.2g}; on "
-        f"average {means.idxmax()} matters most."
-    )
-
-
-def allocation_alt(frame) -> str:
-    """The finding of an allocation of bits in words."""
-    if frame.empty:
-        return "Nothing was allocated."
-    counts = frame["bits"].value_counts().sort_index()
-    most = frame[frame["bits"] == frame["bits"].max()]["linear"].value_counts()
-    shares = ", ".join(f"{count} linears get {bits} bits" for bits, count in counts.items())
-    return f"{shares}; the greatest width goes most often to {most.idxmax()}, in {most.max()} blocks."
-
-
-def difference_alt(frame) -> str:
-    """The finding of the loss differences in words."""
-    if frame.empty:
-        return "Nothing was compared with fp32."
-    spans = frame.groupby("series", sort=False)["difference"].agg(["min", "max"])
-    ranges = (f"{name} lies between {row['min']:.2g} and {row['max']:.2g} nats" for name, row in spans.iterrows())
-    return f"Loss minus that of fp32: {'; '.join(ranges)}."

@@ -9,6 +9,8 @@ from qlib.report.numbers import ABSENT, bind, column, number
 __all__ = ["Cell", "Column", "Group", "Table", "measured", "mark_best", "slug"]
 
 LONG = 24  # letters from which a cell is given room on a small screen
+TALL = 40  # rows from which a table scrolls under its header
+SHARED = 3  # a best value that more share sets nobody apart
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,8 @@ class Table:
     def _row(self, row: Sequence[Cell] | Group) -> str:
         if isinstance(row, Group):
             key = f'<span class="key {slug(row.family)}"></span> ' if row.family else ""
-            # Two cells: one as wide as the table could not stay in view while the table scrolls.
-            rest = f'<td colspan="{len(self.columns) - 1}"></td>' if len(self.columns) > 1 else ""
-            return f'<tr class="group"><th scope="rowgroup">{key}{escape(row.title)}</th>{rest}</tr>'
+            wide = f'scope="rowgroup" colspan="{len(self.columns)}"'  # its words stay in view while the table scrolls
+            return f'<tr class="group"><th {wide}><span class="stay">{key}{escape(row.title)}</span></th></tr>'
         cells = [f'<th scope="row">{row[0].html()}</th>']
         for at, (cell, column) in enumerate(zip(row[1:], self.columns[1:], strict=True), start=1):
             kinds = ["num"] * column.numeric + ["absent"] * (cell.text == ABSENT) + [cell.kind] * bool(cell.kind)
@@ -109,8 +110,9 @@ class Table:
         name = f"table-{slug(self.id)}"
         label = escape(self.caption.split(". ")[0].rstrip("."))
         number = f'<span class="number" data-ref="{name}"></span>' if self.numbered else ""
+        tall = " tall" * (len(self.rows) > TALL)
         return (
-            f'<div class="scroll" role="region" aria-label="Table: {label}" tabindex="0" style="overflow-x:auto">'
+            f'<div class="scroll{tall}" role="region" aria-label="Table: {label}" tabindex="0" style="overflow-x:auto">'
             f'<table id="{name}" class="facts"><caption><span class="caption">{number}'
             f"{escape(bind(self.caption))}</span></caption>{self._head()}{self._bodies()}</table></div>"
         )
@@ -134,12 +136,14 @@ def measured(title: str, measurements: Sequence[dict | None], group: str = "") -
 def mark_best(
     cells: list[Cell], measurements: Sequence[dict | None], better: str, eligible: Sequence[bool]
 ) -> list[Cell]:
-    """Mark the best of the eligible cells by the word ``best``, if there are at least two to choose from."""
+    """Mark the best of the eligible cells by the word ``best``, if there is something to choose from."""
     values = [number(m) if fine else None for m, fine in zip(measurements, eligible)]
     known = [value for value in values if value is not None]
     if not better or len(known) < 2 or min(known) == max(known):
         return cells
     best = max(known) if better == "higher" else min(known)
+    if known.count(best) > SHARED:
+        return cells
     return [
         Cell(cell.text, cell.notes, "best", cell.link, cell.kind) if value == best else cell
         for cell, value in zip(cells, values)

@@ -92,11 +92,17 @@ PUBLISHED = (
 )
 
 
+#: What a variant of a method would change; a record from before an option was there lacks it.
+PLAIN = {"group_size": 128, "symmetric": False, "element": "int", "clip": "none", "act_order": False}
+
+
 def _find(book: Book, wanted: dict, model: str | None) -> Entry | None:
-    """The strategy whose recipe is one pass with these options."""
+    """The strategy whose recipe is one pass with these options and nothing special besides."""
     for entry in book.of(model):
         recipe = entry.params.get("recipe") or []
-        if entry.measurements and len(recipe) == 1 and all(recipe[0].get(k) == v for k, v in wanted.items()):
+        if not entry.measurements or len(recipe) != 1 or any(recipe[0].get(k) != v for k, v in wanted.items()):
+            continue
+        if all(recipe[0].get(k, v) == v for k, v in PLAIN.items()):
             return entry
     return None
 

@@ -35,17 +35,17 @@ def show(figure, id: str, caption: str, alt: str, data=None) -> None:
 
 
 def figure_html(figure, id: str, caption: str, alt: str, data=None) -> str:
-    """The HTML that `show` displays."""
+    """The HTML that `show` displays. Where no data are behind a figure, its alternative text stands in its place."""
     for name, text in {"id": id, "caption": caption, "alt": alt}.items():
         if not str(text).strip():
             raise UserError(f"show: {name} of figure '{id}' is empty; a figure needs one to be understood")
     name = f"fig-{slug(id)}"
-    details = ""
-    if data is not None:
+    details, drawn = "", svg(figure, name, alt) if data is None or len(data) else f'<p class="about">{escape(alt)}</p>'
+    if data is not None and len(data):
         behind = data_table(data, "The data behind the figure", id)._repr_html_()
         details = f"<details><summary>Data</summary>{behind}</details>"
     return (
-        f'<figure class="fig" id="{name}">{svg(figure, name, alt)}'
+        f'<figure class="fig" id="{name}">{drawn}'
         f'<figcaption><span class="caption"><span class="number" data-ref="{name}"></span>'
         f"{escape(numbers.bind(caption))}</span></figcaption>{details}</figure>"
     )

@@ -4,6 +4,7 @@ All are nbconvert preprocessors: functions of notebook and resources that return
 """
 
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Callable
 
@@ -14,7 +15,9 @@ from qlib.progress import clock
 from qlib.report.book import Book, Entry
 from qlib.report.fill import escape as plain
 from qlib.report.fill import fill, lesson_words
+from qlib.report.html import slug
 from qlib.report.measures import family_label
+from qlib.report.quantized import arranged
 from qlib.report.show import summary
 from qlib.report.structure import scope_ids
 from qlib.report.tables import rerun
@@ -79,14 +82,16 @@ def fill_placeholders(resolve: Callable[[str], str], name: str) -> Preprocessor:
 
 
 def insert_strategies(book: Book) -> Preprocessor:
-    """Insert a section per strategy after the cell tagged ``strategies``."""
+    """Insert a folded section per strategy, under the name of its family, after the cell tagged ``strategies``."""
 
     def update(notebook: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
         cells = []
         for cell in notebook.cells:
             cells.append(cell)
             if "strategies" in tags(cell):
-                cells += [part for entry in book.strategies for part in _section(book, entry)]
+                for family, entries in groupby(arranged(list(book.strategies)), key=lambda entry: entry.family):
+                    title = f'<h3 id="strategies-{slug(family)}">{escape(family_label(family))}</h3>'
+                    cells += [_html_cell(title), *(part for entry in entries for part in _section(book, entry))]
         notebook.cells = cells
         return notebook, resources
 
@@ -127,8 +132,11 @@ def _lesson(book: Book, entry: Entry, source: NotebookNode | None) -> str:
 
 
 def _section(book: Book, entry: Entry) -> list[NotebookNode]:
-    """Heading and recipe, the outputs its notebook is tagged for, and what went wrong if something did."""
-    parts, own = [_html_cell(_opening(book, entry))], book.anchor(entry).removeprefix("strategy-")
+    """Heading and recipe, the outputs its notebook is tagged for, and what went wrong if something did.
+
+    All but the heading is folded away, to be unfolded by a click or by who follows a link to it.
+    """
+    parts, own = [_html_cell(_opening(book, entry), bare=True)], book.anchor(entry).removeprefix("strategy-")
     if entry.failed:
         parts.append(_html_cell(_failure(entry)))
     outputs = _tagged(entry.notebook) if entry.notebook and not entry.failed else []
@@ -139,14 +147,20 @@ def _section(book: Book, entry: Entry) -> list[NotebookNode]:
         parts.append(_cell(outputs))
     elif entry.measurements:
         parts.append(_html_cell(scope_ids(summary(entry.record)._repr_html_(), own)))
-    return parts
+    return [*parts, _html_cell("</details>", bare=True)]
 
 
 def _tagged(file: Path) -> list[NotebookNode]:
-    """The outputs of the cells tagged ``summary`` or ``figure`` of an executed notebook."""
+    """The outputs of the cells tagged ``summary`` or ``figure`` of an executed notebook, without empty figures."""
     notebook = nbformat.read(file, as_version=4)
     wanted = [cell for cell in notebook.cells if cell.cell_type == "code" and set(tags(cell)) & set(STITCHED)]
-    return [out for cell in wanted for out in cell.outputs if out.output_type in ("display_data", "execute_result")]
+    shown = (out for cell in wanted for out in cell.outputs if out.output_type in ("display_data", "execute_result"))
+    return [out for out in shown if not _is_empty(out.get("data", {}).get("text/html", ""))]
+
+
+def _is_empty(html: str) -> bool:
+    """Whether it is a figure with nothing drawn, or with no data behind it."""
+    return "<figure" in html and ("<svg" not in html or "<tbody></tbody>" in html)
 
 
 def _cell(outputs: list[NotebookNode]) -> NotebookNode:
@@ -155,8 +169,13 @@ def _cell(outputs: list[NotebookNode]) -> NotebookNode:
     return cell
 
 
-def _html_cell(html: str) -> NotebookNode:
-    return _cell([nbformat.v4.new_output("display_data", {"text/html": html})])
+def _html_cell(html: str, bare: bool = False) -> NotebookNode:
+    """A cell that shows HTML.
+
+    Args:
+        bare: without a frame of its own, as it is not balanced.
+    """
+    return _cell([nbformat.v4.new_output("display_data", {"text/html": html}, metadata={"bare": bare})])
 
 
 def _opening(book: Book, entry: Entry) -> str:
@@ -165,8 +184,8 @@ def _opening(book: Book, entry: Entry) -> str:
     other = entry.record.get("title") or entry.params.get("title") or {}
     chinese = other.get("zh") if isinstance(other, dict) else ""
     chinese = f' <span class="note" lang="zh">{escape(str(chinese))}</span>' if chinese else ""
-    facts = [f'<span class="key {escape(entry.family)}"></span> {escape(family_label(entry.family))}']
-    facts += [f"<code>{escape(entry.name)}</code>", escape(f"{entry.model} on {entry.device}")]
+    facts = [f'<span class="key {escape(entry.family)}"></span> <code>{escape(entry.name)}</code>']
+    facts.append(escape(f"{entry.model} on {entry.device}"))
     facts.append(f'<span class="state {escape(entry.state)}">{escape(entry.label)}</span>')
     recipe = entry.params.get("recipe")
     recipe = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "# empty: the model as it is\n"
@@ -175,8 +194,8 @@ def _opening(book: Book, entry: Entry) -> str:
     link = f' <a href="{escape(page)}">The executed notebook</a> {steps}.' if page else ""
     words = "" if entry.family == "baseline" or not entry.measurements else f"It {verdict(book, entry)}."
     return (
-        f'<h3 id="{book.anchor(entry)}">{escape(entry.title)}{chinese}</h3>'
-        f'<p class="about">{" · ".join(facts)}</p><p>{escape(words)}{link}</p>'
+        f'<details class="strategy print"><summary><h4 id="{book.anchor(entry)}">{escape(entry.title)}{chinese}</h4>'
+        f'<span class="about">{" · ".join(facts)}</span></summary><p>{escape(words)}{link}</p>'
         f'<pre class="recipe" tabindex="0" aria-label="Recipe of {escape(entry.name)}">'
         f"<code>{escape(recipe)}</code></pre>"
     )

@@ -11,7 +11,7 @@ __all__ = ["finish", "scope_ids"]
 HEADING = re.compile(r"<h([1-6])([^>]*)>(.*?)</h\1>", re.DOTALL)
 NUMBER = re.compile(r'<span class="number" data-ref="((fig|table)-[^"]+)"></span>')
 REFERENCE = re.compile(r'<a href="#([^"]+)"></a>')
-TABLE = re.compile(r"(?P<wrap><div class=\"scroll\"[^>]*>)?<table(?P<attrs>[^>]*)>(?P<inner>.*?)</table>", re.DOTALL)
+TABLE = re.compile(r"(?P<wrap><div class=\"scroll[^>]*>)?<table(?P<attrs>[^>]*)>(?P<inner>.*?)</table>", re.DOTALL)
 KINDS = {"fig": "Figure", "table": "Table"}
 
 

@@ -1,20 +1,24 @@
 """The report's tables: the full comparison, speed at true shapes, failures, and where every number comes from."""
 
+from itertools import groupby
 from typing import Sequence
 
 from qlib.progress import clock
 from qlib.report import numbers
 from qlib.report.article import article_table
+from qlib.report.bench import bench_table
 from qlib.report.book import SPEED_MODEL, Book, Entry
 from qlib.report.html import Cell, Column, Group, Table, mark_best, measured
 from qlib.report.literature import literature_table
 from qlib.report.measures import MEASURES, family_label
+from qlib.report.quantized import arranged, heading
 from qlib.report.relations import is_control, kinds
+from qlib.report.rivals import rivals_table
 from qlib.report.trained import ablation_table, precision_table, recovery_table
 
 __all__ = [
     "article_table", "comparison", "recovery_table", "precision_table", "ablation_table", "literature_table",
-    "speed_table", "failures", "provenance", "floor", "rerun",
+    "speed_table", "failures", "provenance", "floor", "rerun", "bench_table", "rivals_table",
 ]  # fmt: skip
 
 #: Columns of the comparison: group, title, measurement name.
@@ -62,7 +66,8 @@ def comparison(book: Book, model: str | None = None, shape: str = SPEED_MODEL, f
     """
     first = next(iter(book.models), "the quality subject")
     model = model or first
-    entries = book.of(model, family)
+    entries = arranged(book.of(model, family))
+    heads = [heading(entry, short=bool(family)) for entry in entries]
     columns, cells = [Column("Strategy")], []
     eligible = [e.family != "baseline" and not is_control(e) for e in entries]
     shown = [("", FEWER[name], name) for _, _, name in COMPARED if name in FEWER] if family else COMPARED
@@ -78,17 +83,19 @@ def comparison(book: Book, model: str | None = None, shape: str = SPEED_MODEL, f
         column, written = measured(title, found, group)
         written = [NONE if _cannot(e, name) and c.text == numbers.ABSENT else c for c, e in zip(written, entries)]
         columns.append(column)
-        cells.append(_marked(name.removeprefix("shape."), written, found, eligible))
+        groups = heads if family else [""] * len(heads)
+        cells.append(_marked_by(groups, name.removeprefix("shape."), written, found, eligible))
     rows = [[_link(entry, book), *rest] for entry, rest in zip(entries, zip(*cells))]
+    among = "those under the same heading" if family and any(heads) else "the compressed strategies"
     caption = (
         f"{f'{family_label(family)}: the strategies' if family else 'Every strategy'} on {model}"
         f"{f', speed at the shape of {shape}' if family else ''}. Small print: 95 % "
-        "bootstrap intervals. “best” marks the best value among the compressed strategies; two of them differ only "
+        f"bootstrap intervals. “best” marks the best value among {among}; two of them differ only "
         "where a paired interval says so. 1 MB = 1,000,000 bytes."
     )
     id = f"family-{family}" if family else "comparison"
     id = id if model == first else f"{id}-{model}"
-    return Table(columns, rows if family else _grouped(entries, rows), caption, id)
+    return Table(columns, _grouped(entries, heads, rows), caption, id)
 
 
 def _cannot(entry: Entry, name: str) -> bool:
@@ -101,6 +108,15 @@ def _marked(name: str, written: list[Cell], found: list[dict | None], eligible: 
     same = [name.endswith("_speedup") and numbers.speedup(m) == numbers.SAME for m in found]
     written = [Cell(numbers.SAME, c.notes, kind="words") if alike else c for c, alike in zip(written, same)]
     return mark_best(written, found, MEASURES[name].better, [fine and not alike for fine, alike in zip(eligible, same)])
+
+
+def _marked_by(groups: Sequence[str], name: str, written: list[Cell], found: list, eligible: list[bool]) -> list[Cell]:
+    """The same in each group of neighbours by itself."""
+    cells: list[Cell] = []
+    for _, members in groupby(range(len(groups)), key=lambda at: groups[at]):
+        part = slice(len(cells), len(cells) + len(list(members)))
+        cells += _marked(name, written[part], found[part], eligible[part])
+    return cells
 
 
 def _look_up(book: Book, entry: Entry, name: str, shape: str) -> dict | None:
@@ -117,14 +133,12 @@ def _link(entry: Entry, book: Book) -> Cell:
     return Cell(entry.name, tuple(notes), link=link)
 
 
-def _grouped(entries: Sequence[Entry], rows: Sequence[list[Cell]]) -> list[list[Cell] | Group]:
-    """Rows under the name of their family."""
+def _grouped(entries: Sequence[Entry], heads: Sequence[str], rows: Sequence[list[Cell]]) -> list[list[Cell] | Group]:
+    """Rows under their headings, where they have any."""
     grouped: list[list[Cell] | Group] = []
-    family = None
-    for entry, row in zip(entries, rows):
-        if entry.family != family:
-            family = entry.family
-            grouped.append(Group(family_label(family), family))
+    for at, (entry, head, row) in enumerate(zip(entries, heads, rows)):
+        if head and (not at or head != heads[at - 1]):
+            grouped.append(Group(head, entry.family))
         grouped.append(row)
     return grouped
 

@@ -23,6 +23,8 @@ LESSON = "lesson"
 FOLDER = "lessons"
 #: Every lesson may compare with it.
 ALWAYS = "baseline"
+#: Families that a lesson sets beside its own: all methods meet on one axis.
+MEETS = {"weight_quantization": ("mixed_precision", "tool")}
 SENTENCE = re.compile(r"(.+?[.?!])(?=\s+[^\sa-z]|$)", re.DOTALL)
 
 
@@ -73,7 +75,7 @@ def taught(lesson: Strategy) -> str:
 
 def reads(job: Strategy, family: str) -> bool:
     """True if `job` is a lesson that may read the records of `family`."""
-    return is_lesson(job) and family in (taught(job), ALWAYS)
+    return is_lesson(job) and family in (taught(job), ALWAYS, *MEETS.get(taught(job), ()))
 
 
 def result_of(lesson: Strategy) -> dict[str, Any]:

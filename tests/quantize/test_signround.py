@@ -13,7 +13,6 @@ from qlib.layers import packed_layers
 from qlib.models.families import blocks_of, family_of
 from qlib.quantize import signround
 from qlib.quantize.grid import Grid, fit_grid, round_to_grid
-from qlib.quantize.plain_attention import PlainAttention, causal_attention
 from qlib.quantize.rounding import Rounding
 from qlib.quantize.signround import Options, apply, check, learn
 from qlib.recipe import BlockContext
@@ -71,30 +70,6 @@ def test_the_gradient_in_closed_form_is_that_of_the_formula(bits, size, symmetri
     for name, one, other in zip(("offset", "alpha", "beta"), ours, theirs):
         other = other.nan_to_num()  # the formula has no scale for a group that was pruned as a whole
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4, msg=lambda text: f"{name}: {text}")
-
-
-@pytest.mark.parametrize("heads, key_heads, tokens", [(4, 2, 300), (2, 2, 128), (3, 1, 5)])
-def test_attention_in_pieces_is_attention(heads, key_heads, tokens):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, h, tokens, 8, generator=generator) for h in (heads, key_heads, key_heads))
-    upstream = torch.randn(2, heads, tokens, 8, generator=generator)
-    ours, theirs = [x.requires_grad_() for x in (q, k, v)], [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = F.scaled_dot_product_attention(*theirs, is_causal=True, enable_gqa=True)
-    found = causal_attention(*ours, 8**-0.5)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    wanted = torch.autograd.grad(expected, theirs, upstream.double())
-    for one, other in zip(torch.autograd.grad(found, ours, upstream), wanted):
-        other = other.nan_to_num()  # the formula has no scale for a group that was pruned as a whole
-        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
-
-
-def test_attention_with_a_mask_is_left_to_torch():
-    q = torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(0))
-    mask = torch.eye(4, dtype=torch.bool)
-    with PlainAttention():
-        torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q, attn_mask=mask), q)
-        seen = F.scaled_dot_product_attention(q, q, q)  # no mask, not causal: all see all
-    torch.testing.assert_close(seen, F.scaled_dot_product_attention(q, q, q))
 
 
 def a_block(tiny_model, kind="qwen2", options=Options(**SHORT), seed=0, **chosen):

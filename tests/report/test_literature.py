@@ -37,6 +37,13 @@ def test_order_and_ratio(tmp_path, make, gptq, rtn, order):
     assert order in literature_table(book)._repr_html_()
 
 
+def test_a_variant_does_not_stand_for_its_method(tmp_path, make):
+    recipe = [{"pass": "gptq", "bits": 3, "group_size": 128, "clip": "activations"}]
+    make.strategy(tmp_path / "reference-2" / "cpu", "better-gptq", "weight_quantization", recipe, 2.05, 9, megabytes=5.0)
+    pair, _, order = compared(build(tmp_path, make, 3, (2.2, 8), (2.4, 8)), GPTQ)
+    assert [entry.name for entry in pair] == ["gptq-x", "rtn-x"] and order == "agrees"
+
+
 def test_accuracy_counts_the_other_way_and_contradictions_are_told(tmp_path, make):
     book = build(tmp_path, make, 2, (2.2, 8), (2.4, 6))
     _, ratio, order = compared(book, TWO_BITS)

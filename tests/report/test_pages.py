@@ -6,11 +6,13 @@ import shutil
 import time
 
 import nbformat
+import pandas
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from qlib.errors import UserError
 from qlib.report import stitch
+from qlib.report.book import collect
 from qlib.report.check import check_html
 from qlib.report.render import convert, render
 from qlib.report.structure import finish, scope_ids
@@ -84,6 +86,29 @@ def test_scoped_ids_take_their_references_along():
     assert 'href="#gptq-p"' in scoped and "url(#gptq-p)" in scoped and 'href="#elsewhere"' in scoped
 
 
+def test_a_strategy_is_folded_and_shows_no_empty_figure(project, make):
+    from matplotlib.figure import Figure
+
+    from qlib.report.show import data_table, figure_html
+
+    table = data_table(pandas.DataFrame({"a": [1.0]}), "c", "one")._repr_html_()
+    shown = [figure_html(Figure(), name, "c", "a", data) for name, data in (
+        ("empty", pandas.DataFrame({"a": []})), ("full", pandas.DataFrame({"a": [1.0]})), ("plain", None)
+    )]  # fmt: skip
+    outputs = [new_output("display_data", {"text/html": html}) for html in (*shown, table)]
+    folder = project / "reports" / "runs" / "reference-2" / "cpu" / "rtn-int8"
+    nbformat.write(make.executed("rtn-int8", outputs), folder / "notebook.ipynb")
+    book = collect(project / "reports" / "runs", project / "reports" / "published")
+    cells = [new_markdown_cell("# T"), new_markdown_cell("## S", metadata={"tags": ["strategies"]})]
+    page = convert(new_notebook(cells=cells), [stitch.insert_strategies(book)], {}, "x")
+    part = page[page.index('id="strategy-rtn-int8"') : page.index('id="strategy-rtn-int4"')]
+    assert "fig-rtn-int8-full" in part and "fig-rtn-int8-plain" in part and "fig-rtn-int8-empty" not in part
+    assert page.count('<details class="strategy print">') == page.count("<h4 id=") == len(book.strategies)
+    assert page.count("<details") == page.count("</details>")
+    contents = page[: page.index("<main")]
+    assert "#strategies-pruning" in contents and "#strategy-" not in contents
+
+
 def test_finish_numbers_refers_and_completes():
     page = (
         '<!--contents--><h1>T</h1><h2>One</h2><a href="#fig-b"></a><a href="#one"></a><h2>One</h2>'
@@ -146,7 +171,7 @@ def test_a_report_about_nothing_is_a_report(project):
     shutil.rmtree(project / "reports")
     text = rendered(project).read_text()
     assert "No compressed strategy has been measured yet." in text and "not measured yet" in text
-    assert "Nothing has been run yet." in text
+    assert "Nothing has been run yet." in text and "not measured here: run make bench" in text
 
 
 def test_a_cell_that_fails_is_named(project):
@@ -157,3 +182,13 @@ def test_a_cell_that_fails_is_named(project):
     with pytest.raises(UserError, match="report.ipynb: cell .* failed: ZeroDivisionError"):
         rendered(project)
     assert not (project / "reports" / "index.html").exists()
+
+
+def test_a_figure_without_data_says_so_in_a_line():
+    from matplotlib.figure import Figure
+
+    from qlib.report.show import figure_html
+
+    page = figure_html(Figure(), "x", "caption", "Nothing <was> drawn.", pandas.DataFrame({"a": []}))
+    assert "Nothing &lt;was&gt; drawn." in page and "<svg" not in page and "<details" not in page
+    assert 'data-ref="fig-x"' in page  # references still find it

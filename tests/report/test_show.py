@@ -6,7 +6,7 @@ import pandas
 import pytest
 
 from qlib.errors import UserError
-from qlib.report import figures, frames, tables
+from qlib.report import figures, frames, layer_figures, layer_frames, record_frames, tables
 from qlib.report.html import Cell, Column, Group, Table, mark_best
 from qlib.report.show import figure_html, show_table, summary
 
@@ -100,19 +100,20 @@ def test_failures_tell_how_to_run_them_again(book):
 
 
 def test_every_figure_draws_full_and_empty(book):
-    layers = frames.layer_frame([{"name": f"blocks.{i}.{k}", "error": 0.1} for i in range(2) for k in ("q_proj", "up")])
+    found = [{"name": f"blocks.{i}.{k}", "error": 0.1} for i in range(2) for k in ("q_proj", "up")]
+    layers = layer_frames.layer_frame(found)
     drawn = {
         figures.pareto: frames.pareto_frame(book),
         figures.accuracy_deltas: frames.delta_frame(book),
         figures.accuracy_by_level: frames.level_frame(book),
         figures.speed_bars: frames.speed_frame(book),
-        figures.layer_errors: layers,
-        figures.loss_curve: frames.curve_frame([[0, 9.0], [1000, 3.0]]),
+        layer_figures.layer_errors: layers,
+        figures.loss_curve: record_frames.curve_frame([[0, 9.0], [1000, 3.0]]),
     }
     for draw, data in drawn.items():
         assert len(data), draw.__name__
         for rows in (data, data.iloc[:0]):
-            assert "<svg" in figure_html(draw(rows), draw.__name__, "c", "a", rows)
+            assert "<svg" in figure_html(draw(rows), draw.__name__, "c", "a")
 
 
 def test_alternative_texts_follow_the_data(book):

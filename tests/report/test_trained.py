@@ -108,7 +108,7 @@ def test_words_and_figures_of_what_was_trained(trained, tmp_path):
         (figures.loss_curve, frames.precision_frame(None)),
         (figures.pareto, frames.pareto_frame(trained, families=["finetuning"])),
     ):
-        assert "<svg" in figure_html(draw(data), "x", "c", "a", data)
+        assert "<svg" in figure_html(draw(data), "x", "c", "a")
     assert list(frames.pareto_frame(trained, families=["finetuning"])["strategy"]) == ["narrow-tuned", "rounded-tuned"]
 
 

@@ -1,0 +1,114 @@
+"""What `qlib bench` measured side by side with other tools: a table of targets, a sentence, and how costs grow."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Sequence
+
+from qlib.report import numbers
+from qlib.report.html import Cell, Column, Group, Table
+
+__all__ = ["BENCH", "read_bench", "bench_table", "bench_words", "growth_frame", "growth_alt"]
+
+BENCH = "bench.json"  # beside the published records
+SENSES = {">=": "at least", "<=": "at most"}
+POINT = re.compile(r"\b(\d+): ([\d.]+) s\b")  # of the time at one size
+
+
+def read_bench(file: Path) -> tuple[dict[str, Any], ...]:
+    """The rows of a file of benchmarks; none where there is no such file or it cannot be read."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    return tuple(row for row in rows if isinstance(row, dict)) if isinstance(rows, list) else ()
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """``yes``, ``no``, ``not resolved`` or ``not measured``."""
+    if numbers.number(row, "measured") is None:
+        return numbers.ABSENT
+    return {True: "yes", False: "no"}.get(row.get("met"), numbers.OPEN)
+
+
+def bench_table(rows: Sequence[dict[str, Any]]) -> Table | None:
+    """Every target with what was measured, by benchmark; None where nothing was."""
+    from qlib.bench.command import benchmarks
+
+    about, shown = benchmarks(), []
+    _, texts = numbers.column([_measurement(row) for row in rows])
+    for at, (row, (text, interval)) in enumerate(zip(rows, texts)):
+        name = str(row.get("benchmark"))
+        if not at or name != str(rows[at - 1].get("benchmark")):
+            shown.append(Group(about.get(name, name).rstrip(".")))
+        met, sense = verdict(row), str(row.get("target", ""))
+        target = " ".join(SENSES.get(word, word) for word in sense.split())
+        kind = {"yes": "met", "no": "missed", numbers.ABSENT: "absent"}.get(met, "")
+        cells = [Cell(target), Cell(text, (interval,)), Cell(str(row.get("unit", ""))), Cell(met, kind=kind)]
+        shown.append([Cell(str(row.get("name", ""))), *cells, Cell(str(row.get("how", "")), kind="how")])
+    columns = [Column("What is compared"), Column("Target", numeric=True), Column("Measured", numeric=True)]
+    columns += [Column(title) for title in ("Unit", "Met", "How")]
+    caption = (
+        "Targets of the benchmarks, timed side by side in one run. Small print: 95 % intervals over rounds; a figure "
+        "without one was measured once. A target is met if the whole interval meets it, missed if none of it does, "
+        "else not resolved."
+    )
+    return Table(columns, shown, caption, "bench") if rows else None
+
+
+def _measurement(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as a measurement without unit; one round alone has no interval."""
+    value, low, high = (numbers.number(row, name) for name in ("measured", "low", "high"))
+    return {"value": value} | ({} if low == high else {"low": low, "high": high})
+
+
+def bench_words(rows: Sequence[dict[str, Any]]) -> str:
+    """How many targets are met, and on which machine and against which versions that was measured."""
+    if not rows:
+        return "These comparisons were not measured here: run make bench."
+    counts = [verdict(row) for row in rows]
+    words = {"yes": "met", "no": "missed", numbers.OPEN: numbers.OPEN, numbers.ABSENT: numbers.ABSENT}
+    facts = [f"{counts.count(key)} {word}" for key, word in words.items() if key in counts]
+    places = list(dict.fromkeys(place for row in rows if (place := _place(row.get("provenance") or {}))))
+    where = f"Measured on {'; and on '.join(places)}." if places else "The file does not tell the machine."
+    return f"{len(rows)} targets: {', '.join(facts)}. {where}"
+
+
+def _place(found: dict[str, Any]) -> str:
+    """Machine, threads, versions and day; empty if nothing is known."""
+    if not found:
+        return ""
+    packages, tools = found.get("packages") or {}, found.get("tools") or {}
+    versions = [f"Python {found.get('python', '?')}", *(f"{n} {packages[n]}" for n in ("torch",) if n in packages)]
+    facts = [str(found.get("gpu") or found.get("cpu") or "an unknown machine"), f"{found.get('threads', '?')} threads"]
+    facts += [*versions, f"commit {str(found.get('commit') or 'unknown')[:10]}", str(found.get("started") or "")[:10]]
+    beside = ", ".join(f"{name} {version}" for name, version in tools.items())
+    return ", ".join(filter(None, facts)) + (f", with {beside}" if beside else "")
+
+
+def growth_frame(rows: Sequence[dict[str, Any]]):
+    """of, size, seconds, exponent: times of the benchmark of cost growth, from the sizes that its rows list."""
+    import pandas
+
+    points = [
+        {"of": str(row["name"]).rpartition(" in the ")[2], "size": int(size), "seconds": float(seconds)}
+        | {"exponent": row.get("measured")}
+        for row in rows
+        if row.get("benchmark") == "growth"
+        for size, seconds in POINT.findall(str(row.get("how", "")))
+    ]
+    return pandas.DataFrame(points, columns=["of", "size", "seconds", "exponent"])
+
+
+def growth_alt(frame) -> str:
+    """The finding of the figure of cost growth in words."""
+    if frame.empty:
+        return "Cost growth was not measured here."
+    found = []
+    for name, part in frame.groupby("of", sort=False):
+        first, last = part.iloc[0], part.iloc[-1]
+        found.append(
+            f"with the {name} from {first['size']} to {last['size']} the time of GPTQ goes from {first['seconds']:.3g} "
+            f"to {last['seconds']:.3g} seconds, a power of {first['exponent']:.2g}"
+        )
+    return f"{'; '.join(found)[:1].upper()}{'; '.join(found)[1:]}."

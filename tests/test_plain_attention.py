@@ -1,0 +1,56 @@
+"""Attention in pieces, and our kernel for its weights: against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlib.layers import native
+from qlib.plain_attention import PIECE, PlainAttention, causal_attention
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(1, 2 * PIECE + 3), key_heads=st.integers(1, 2), sharing=st.integers(1, 3), seed=st.integers(0, 99)
+)
+def test_pieces_give_what_whole_matrices_give(tokens, key_heads, sharing, seed):
+    random = torch.Generator().manual_seed(seed)
+    heads = (key_heads * sharing, key_heads, key_heads)
+    parts = [torch.randn(2, tokens, h, 16, generator=random).bfloat16().transpose(1, 2).requires_grad_() for h in heads]
+    found = causal_attention(*parts, 0.25)
+    gradient = torch.randn(found.shape, generator=random).bfloat16()
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    wanted = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.25, enable_gqa=True)
+    ours, theirs = torch.autograd.grad(found, parts, gradient), torch.autograd.grad(wanted, exact, gradient.double())
+    for ours, theirs in zip((found, *ours), (wanted, *theirs)):
+        assert (ours.double() - theirs).norm() <= 0.012 * theirs.norm() + 1e-3
+    with torch.no_grad():
+        assert torch.equal(causal_attention(*parts, 0.25), found)
+
+
+def test_fp32_runs_torch_and_is_as_exact():
+    q = torch.randn(1, 2, PIECE + 5, 16, generator=torch.Generator().manual_seed(0))
+    wanted = F.scaled_dot_product_attention(q.double(), q.double(), q.double(), is_causal=True)
+    torch.testing.assert_close(causal_attention(q, q, q, 0.25).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_with_a_mask_is_left_to_torch():
+    q = torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.eye(4, dtype=torch.bool)
+    with PlainAttention():
+        torch.testing.assert_close(F.scaled_dot_product_attention(q, q, q, attn_mask=mask), q)
+        seen = F.scaled_dot_product_attention(q, q, q)  # no mask, not causal: all see all
+    torch.testing.assert_close(seen, F.scaled_dot_product_attention(q, q, q))
+
+
+@pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+@pytest.mark.parametrize("rows, keys, first, piece", ((6, 3, 0, 3), (8, 37, 33, 4), (8, 35, 33, 4), (128, 300, 172, 128)))
+def test_softmax_kernel_against_float64(rows, keys, first, piece):
+    scores = (20 * torch.randn(2, rows, keys)).bfloat16()
+    scores[0, 0, 0] = -1e4
+    seen = torch.arange(keys)[None] <= first + torch.arange(rows)[:, None] % piece
+    wanted = scores.double().masked_fill(~seen, -torch.inf).softmax(-1)
+    native.causal_softmax(scores, first, piece)
+    assert torch.allclose(scores.double(), wanted, rtol=2**-8, atol=1e-30)
+    assert (scores[:, ~seen] == 0).all()
