@@ -53,7 +53,7 @@ class _Causal(torch.autograd.Function):
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         tokens, width = query.shape[-2:]
         shape = (len(query), key.shape[1], -1, tokens, width)  # [rows, key heads, queries that share keys, ...]
-        q = _cut(query.view(shape), scale)
+        q = _cut(query.unflatten(1, shape[1:3]), scale)
         k, v = key.reshape(-1, tokens, width), value.reshape(-1, tokens, width)
         out, kept = torch.empty_like(q), []
         for piece, (start, end) in enumerate(_keys(tokens)):
@@ -63,13 +63,13 @@ class _Causal(torch.autograd.Function):
                 kept.append(p)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scale, ctx.shape = scale, shape
-        return _join(out, shape).view(query.shape)
+        return _join(out, shape)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         rows, key_heads, _, tokens, width = ctx.shape
-        do = _cut(gradient.view(ctx.shape))
+        do = _cut(gradient.unflatten(1, ctx.shape[1:3]))
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for piece, (p, (_, end)) in enumerate(zip(kept, _keys(tokens))):
             dv[:, :end].baddbmm_(p.transpose(1, 2), do[piece])
@@ -78,7 +78,7 @@ class _Causal(torch.autograd.Function):
             torch.bmm(ds, k[:, :end], out=dq[piece])
             dk[:, :end].baddbmm_(ds.transpose(1, 2), q[piece])
         shape = (rows, key_heads, tokens, width)
-        return _join(dq, ctx.shape, ctx.scale).view(gradient.shape), dk.view(shape), dv.view(shape), None
+        return _join(dq, ctx.shape, ctx.scale), dk.view(shape), dv.view(shape), None
 
 
 def _weights(scores: torch.Tensor, start: int) -> torch.Tensor:
@@ -101,16 +101,18 @@ def _cut(x: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
 
     A pair is a row and a key head. Queries that the last piece lacks are 0.
     """
-    x = F.pad(x, (0, 0, 0, -x.shape[3] % PIECE)).unflatten(3, (-1, PIECE)).permute(3, 0, 1, 2, 4, 5)
+    if x.shape[3] % PIECE:
+        x = F.pad(x, (0, 0, 0, -x.shape[3] % PIECE))
+    x = x.unflatten(3, (-1, PIECE)).permute(3, 0, 1, 2, 4, 5)
     out = x.new_empty(x.shape)
     torch.mul(x, factor, out=out)
     return out.view(len(x), -1, x.shape[3] * PIECE, x.shape[5])
 
 
 def _join(pieces: torch.Tensor, shape: tuple[int, ...], factor: float = 1.0) -> torch.Tensor:
-    """The inverse of `_cut`."""
+    """The inverse of `_cut`, `[rows, heads, tokens, width]`; in memory heads lie next to each other, as linears like it."""
     rows, key_heads, _, tokens, width = shape
-    x = pieces.view(len(pieces), rows, key_heads, -1, PIECE, width).permute(1, 2, 3, 0, 4, 5)
+    x = pieces.view(len(pieces), rows, key_heads, -1, PIECE, width).permute(1, 0, 4, 2, 3, 5)
     out = x.new_empty(x.shape)
     torch.mul(x, factor, out=out)
-    return out.flatten(3, 4)[:, :, :, :tokens].contiguous()
+    return out.view(rows, len(pieces) * PIECE, -1, width)[:, :tokens].transpose(1, 2)
