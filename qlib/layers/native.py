@@ -31,7 +31,7 @@ BUILD_SECONDS = 120
 ARGUMENTS = {
     "quantize_rows": "ppppnn", "int8_dot": "pppppppnnn", "int8_rows": "ppppppnnnn", "int4_row": "pppppnnn",
     "int4_expand": "pppnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
-    "round_columns": "ppppppnnn", "causal_softmax": "pnnnn",
+    "round_columns": "pppppppnnn", "causal_softmax": "pnnnn",
 }  # fmt: skip
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
 
@@ -250,17 +250,19 @@ def round_columns(
     upper: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
+    groups: torch.Tensor,
     kept: torch.Tensor | None,
     levels: int,
 ) -> None:
-    """The inner loop of `qlib.quantize.gptq.solve_columns` for integers, in place, all fp32 `[columns, out]`.
+    """The inner loop of `qlib.quantize.gptq.solve_columns` for integers, in place.
 
     Args:
-        moved: what the columns before these ask for; becomes the codes less their zeros. errors: weights, become what
-            is left of them. upper: `[columns, columns]`. kept: bool, false where pruned; or None.
+        moved: fp32 `[columns, out]`, what the columns before these ask for; becomes the codes. errors: fp32
+            `[columns, out]`, weights, become what is left of them. upper: fp32 `[columns, columns]`.
+        scales, zeros: fp32 `[all groups, out]`. groups: int64 `[columns]`. kept: bool `[columns, out]`, or None.
     """
     upper = upper.contiguous()
-    _call("round_columns", moved, errors, upper, scales, zeros, kept, *moved.shape, levels)
+    _call("round_columns", moved, errors, upper, scales, zeros, groups, kept, *moved.shape, levels)
 
 
 def _operator(name: str, schema: str, function, channels) -> torch._ops.OpOverload:

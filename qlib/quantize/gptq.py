@@ -181,11 +181,12 @@ def solve_columns(
     scales = scale_values(fitted.scales, fitted.tensor_scale).t().contiguous()  # [groups, out]
     zeros = fitted.zeros.float().t().contiguous()
     order = torch.arange(width, device=weight.device) if factor.order is None else factor.order
-    groups = (order // size).tolist()
+    group_of = order // size
+    groups = group_of.tolist()
     own = grid.element == "int" and not grid.real_zero and native.takes(weight.device, len(weight), 1)
     # [in, out]; w where a column has not been rounded, w - q where it has
     errors = _ordered(weight.t().contiguous(), factor.order)
-    moved = errors.clone()  # w_j + sum_{i<j} e_i U_ij / U_jj, complete when column j is reached; then q_j / scale
+    moved = errors.clone()  # w_j + sum_{i<j} e_i U_ij / U_jj, complete when column j is reached; then steps, or codes
     kept = None if mask is None else mask.t()[order].contiguous()
     for start in range(0, width, LEAF):
         # Columns from `start` on now hear of as many before it as the largest power of two that divides it. So each
@@ -206,7 +207,7 @@ def solve_columns(
             zeros[group] = found.zeros[:, 0]
         if own:
             here = slice(start, start + LEAF)
-            told = (scales[groups[here]], zeros[groups[here]], None if kept is None else kept[here], grid.levels)
+            told = (scales, zeros, group_of[here], None if kept is None else kept[here], grid.levels)
             native.round_columns(moved[here], errors[here], factor.upper[here, here], *told)
             continue
         for j in range(start, min(start + LEAF, width)):
@@ -215,7 +216,7 @@ def solve_columns(
             steps = nearest_steps(now, grid, scale, zero)
             now.copy_(steps if kept is None else steps * kept[j])
             errors[j].addcmul_(now, scale, value=-1)
-    codes = nearest_codes(moved, grid, torch.ones_like(moved[0]), zeros[order // size])
+    codes = moved.to(torch.uint8) if own else nearest_codes(moved, grid, torch.ones_like(moved[0]), zeros[group_of])
     back = None if factor.order is None else factor.order.argsort()
     return CompressedWeight(grid, _ordered(codes, back).t().contiguous(), *fitted)
 
