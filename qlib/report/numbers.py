@@ -25,6 +25,8 @@ SCALES = {
     "joules": ((0, 1, "J"),),
 }
 WHOLE = ("tokens", "bytes", "items", "documents")  # units of things that are counted
+#: Decimals shown even where the interval is wider: two strategies differ by less than that, because they are paired.
+LEAST = {"perplexity": 2}
 
 
 def number(measurement: dict | None, field: str = "value") -> float | None:
@@ -41,16 +43,16 @@ def _scale(unit: str, magnitude: float) -> tuple[float, str]:
     return 1, unit or ""
 
 
-def _decimals(value: float, half_width: float | None, counted: bool) -> int:
+def _decimals(value: float, half_width: float | None, unit: str, factor: float) -> int:
     """Decimals that leave one or two digits of the interval's half width, or three significant ones without it."""
-    if counted:
+    if unit in WHOLE and factor == 1:
         return 0
     size = math.floor(math.log10(abs(value))) if value else 0
     if not half_width:
         return min(max(2 - size, 0), 5)
     order = math.floor(math.log10(half_width))
     decimals = -order + (half_width / 10**order < 2)
-    return min(max(decimals, 0), max(4 - size, 0), 5)
+    return min(max(decimals, LEAST.get(unit, 0)), max(4 - size, 0), 5)
 
 
 def _plain(value: float, decimals: int, signed: bool = False) -> str:
@@ -70,7 +72,7 @@ def _parts(measurement: dict, field: str = "value") -> tuple[str, str]:
     unit, value = str(measurement.get("unit") or ""), number(measurement)
     factor, symbol = _scale(unit, abs(value))
     half = _half(measurement)
-    decimals = _decimals(value / factor, half and half / factor, unit in WHOLE and factor == 1)
+    decimals = _decimals(value / factor, half and half / factor, unit, factor)
     return _plain(number(measurement, field) / factor, decimals, unit == "points"), symbol
 
 
@@ -161,9 +163,7 @@ def column(measurements: list[dict | None]) -> tuple[str, list[tuple[str, str]]]
         return "", [(ABSENT, "") for _ in measurements]
     unit = str(known[0].get("unit") or "")
     factor, symbol = _scale(unit, max(abs(number(m)) for m in known))
-    wanted = [
-        _decimals(number(m) / factor, (_half(m) or 0) / factor, unit in WHOLE and factor == 1) for m in known
-    ]
+    wanted = [_decimals(number(m) / factor, (_half(m) or 0) / factor, unit, factor) for m in known]
     decimals = min(max(wanted), 3)
 
     def written(measurement: dict | None) -> tuple[str, str]:

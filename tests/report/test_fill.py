@@ -13,7 +13,7 @@ def filled(text, resolve):
 
 def test_a_strategys_notebook(book):
     resolve = entry_words(book.get("rtn-int4"))
-    assert filled("is {{ quality.perplexity }}.", resolve) == "is 17.4 (17.1 to 17.7)."
+    assert filled("is {{ quality.perplexity }}.", resolve) == "is 17.40 (17.08 to 17.72)."
     assert filled("{{quality.accuracy.value}}", resolve) == "90.5 %"
     assert filled("{{ quality.accuracy.interval }}", resolve) == "89.6 to 91.4"
     assert filled("{{ quality.accuracy.n }}", resolve) == "3,120"
@@ -27,7 +27,7 @@ def test_the_speed_notebook(book):
 
 def test_the_report(book):
     resolve = book_words(book)
-    assert filled("{{ rtn-int4: quality.perplexity.value }}", resolve) == "17.4"
+    assert filled("{{ rtn-int4: quality.perplexity.value }}", resolve) == "17.40"
     assert filled("{{ speed-qwen-72b: int4-g128.latency.decode_ms.value }}", resolve) == "950 ms"
     assert filled("{{ speed-qwen-72b: int8.latency.prefill_speedup }}", resolve) == "no measurable difference"
     assert filled("{{ verdict: rtn-int4 }}", resolve).startswith("keeps at least 99 %")

@@ -15,7 +15,7 @@ def m(value, unit="percent", low=None, high=None, n=None):
 @pytest.mark.parametrize(
     "measurement, text",
     [
-        (m(17.2134, "perplexity", 16.9, 17.5), "17.2 (16.9 to 17.5)"),
+        (m(17.2134, "perplexity", 16.9, 17.5), "17.21 (16.90 to 17.50)"),
         (m(90.84, "percent", 89.9, 91.6), "90.8 % (89.9 to 91.6)"),
         (m(-0.3, "points", -0.64, 0.04), "−0.3 points (−0.6 to 0.0)"),
         (m(0.25, "points", 0.11, 0.39), "+0.25 points (+0.11 to +0.39)"),
@@ -41,12 +41,12 @@ def test_write(measurement, text):
 
 def test_one_field_keeps_the_digits_of_the_whole():
     found = m(17.2134, "perplexity", 16.9, 17.5, 700)
-    assert numbers.write(found, "value") == "17.2"
-    assert numbers.write(found, "low") == "16.9"
+    assert numbers.write(found, "value") == "17.21"
+    assert numbers.write(found, "low") == "16.90"
     assert numbers.write(found, "n") == "700"
-    assert numbers.write(found, "interval").replace(GAP, " ") == "16.9 to 17.5"
+    assert numbers.write(found, "interval").replace(GAP, " ") == "16.90 to 17.50"
     assert numbers.write(found, "method") == numbers.ABSENT
-    assert numbers.write(found, n=True).replace(GAP, " ") == "17.2 (16.9 to 17.5, n = 700)"
+    assert numbers.write(found, n=True).replace(GAP, " ") == "17.21 (16.90 to 17.50, n = 700)"
 
 
 @pytest.mark.parametrize(
