@@ -54,7 +54,13 @@ def render(root: str | Path, runs: str | Path, published: str | Path, target: st
         stitch.insert_lessons(book, current),
         stitch.fill_placeholders(fill.book_words(book), "notebooks/report.ipynb"),
     ]
-    return _write(target, convert(_read(executed), steps, {"code": False}, "notebooks/report.ipynb"))
+    html = convert(_read(executed), steps, {"code": False}, "notebooks/report.ipynb")
+    return _write(target, _without(root, html))
+
+
+def _without(root: Path, html: str) -> str:
+    """Paths in tracebacks and in what tools print, as they are seen from the project: a page names no machine's folders."""
+    return html.replace(f"{root}/", "")
 
 
 def convert(notebook, steps: list, page: dict, where: str) -> str:
@@ -154,7 +160,7 @@ def _attach(root: Path, book: Book, entry: Entry, target: Path) -> None:
     steps.append(stitch.fill_placeholders(resolve, where))
     file.parent.mkdir(exist_ok=True)
     page = {"code": True, "home": f"../{target.name}", "key": key, "partial": entry.failed}
-    _write(file, convert(_read(entry.notebook), steps, page, where), alone=True)
+    _write(file, _without(root, convert(_read(entry.notebook), steps, page, where)), alone=True)
 
 
 def _source(root: Path, entry: Entry) -> Path:
