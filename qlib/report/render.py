@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,9 @@ __all__ = ["render", "report_key", "convert"]
 
 HERE = Path(__file__).parent
 EXECUTION_LIMIT = 600  # seconds a cell of the report may take
+
+#: Where an environment keeps its packages, wherever that is.
+PACKAGES = re.compile(r"[^\s\"'<>();=]*/site-packages/")
 
 
 def render(root: str | Path, runs: str | Path, published: str | Path, target: str | Path) -> Path:
@@ -60,7 +64,7 @@ def render(root: str | Path, runs: str | Path, published: str | Path, target: st
 
 def _without(root: Path, html: str) -> str:
     """Paths in tracebacks and in what tools print, as they are seen from the project: a page names no machine's folders."""
-    return html.replace(f"{root}/", "")
+    return PACKAGES.sub("", html.replace(f"{root}/", ""))
 
 
 def convert(notebook, steps: list, page: dict, where: str) -> str:
