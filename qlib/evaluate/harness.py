@@ -32,8 +32,11 @@ def run_tasks(
         ``task.NAME`` -> percent, with 1.96 standard errors as its interval.
 
     Raises:
-        UserError: the harness knows no such task, or its data cannot be had.
+        UserError: the harness knows no such task, its data cannot be had, or the model has a quantized key-value cache,
+            through which the harness does not read.
     """
+    if getattr(subject.model.config, "kv_cache", None):
+        raise UserError("evaluation.tasks: lm-evaluation-harness does not read through the model's quantized kv_cache")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -13,6 +13,8 @@ from qlib.schema import check, names_of, show
 
 __all__ = ["from_dict", "NAME"]
 
+CACHE = "kv_cache"
+NO_TASKS = "through which lm-evaluation-harness does not read; allowed: []"
 NAME = re.compile(r"[a-z0-9][a-z0-9._+-]*")
 
 
@@ -50,6 +52,8 @@ def _check_family(strategy: Strategy) -> list[str]:
         problems.append(f"recipe: pass {TOOL} is not allowed for family {family}; allowed for family {TOOL} only")
     if strategy.recipe and family in WITHOUT_RECIPE:
         problems.append(f"recipe: is not empty; family {family} changes no weights")
+    if strategy.evaluation.tasks and CACHE in used:
+        problems.append(f"evaluation.tasks: {show(strategy.evaluation.tasks)} is not allowed with pass {CACHE}, {NO_TASKS}")
     if bool(strategy.formats) != (family in WITH_FORMATS):
         problems.append(f"formats: must be given for families {' and '.join(WITH_FORMATS)}, and only there")
     elif family == "training":

@@ -91,3 +91,10 @@ def test_unknown_tasks_are_refused(model_folder):
         run_tasks(subject, ["arc_eazy"])
     with pytest.raises(UserError, match="mine.yaml does not exist"):
         run_tasks(subject, ["mine.yaml"])
+
+
+def test_a_quantized_cache_is_refused_because_the_harness_would_not_read_through_it():
+    subject = load("reference")
+    subject.model.config.kv_cache = {"bits": 8, "group_size": None}
+    with pytest.raises(UserError, match="does not read through the model's quantized kv_cache"):
+        run_tasks(subject, ["arc_easy"])
