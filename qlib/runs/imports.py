@@ -21,8 +21,13 @@ VERB_TABLE = "VERBS"
 
 @dataclass
 class Reach:
-    """What some code depends on: SHA-256 of each source file of the package (with the C file beside it that it names), and
-    names of other packages."""
+    """What some code depends on.
+
+    Attributes:
+        sources: module of the package -> SHA-256 of its code without comments, docstrings and layout, which change no
+            result, and of the C files beside it that it names.
+        packages: names of other packages.
+    """
 
     sources: dict[str, str] = field(default_factory=dict)
     packages: set[str] = field(default_factory=set)
@@ -74,7 +79,21 @@ def _read(file: Path, module: str, verbs: tuple[tuple[str, str], ...], stamp: in
     text = file.read_text(encoding="utf-8")
     inside = module if file.name == "__init__.py" else module.rpartition(".")[0]
     compiled = "".join(one.read_text(encoding="utf-8") for one in sorted(file.parent.glob("*.c")) if one.name in text)
-    return hashlib.sha256((text + compiled).encode()).hexdigest(), _follow(text, inside, dict(verbs))
+    return hashlib.sha256((_bare(text) + compiled).encode()).hexdigest(), _follow(text, inside, dict(verbs))
+
+
+def _bare(text: str) -> str:
+    """Python source without comments, docstrings and layout."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_text(body[0]):
+            body[0].value.value = ""  # stays as a statement: a body may hold nothing else
+    return ast.unparse(tree)
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _follow(text: str, inside: str | None, verbs: dict[str, str]) -> list[str]:

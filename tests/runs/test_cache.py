@@ -10,6 +10,7 @@ from tiny_project import BODIES, PACKAGE, PLAIN, write_notebook, write_weights
 
 from qlib.params import from_dict, load_strategies
 from qlib.runs import key
+from qlib.runs import imports
 from qlib.runs.imports import reach
 from qlib.runs.key import differences, key_of, key_parts
 from qlib.runs.state import state_of
@@ -109,7 +110,7 @@ def test_sources_that_a_strategy_reaches(project, package):
     def touched(module: str) -> set[str]:
         before = parts()
         file = package / f"{module}.py"
-        file.write_text(file.read_text() + "\n# touched\n")
+        file.write_text(file.read_text() + "\nTOUCHED = True\n")
         after = parts()
         return {name for name in after if key_of(before[name]) != key_of(after[name])}
 
@@ -177,6 +178,22 @@ def test_reach_follows_imports_inside_functions_but_not_those_for_type_checkers(
     found = reach([], "import qlib\nimport torch.nn as nn\nqlib.load('m')", package)
     assert set(found.sources) == {"qlib.load_it", "qlib.part", "qlib.part.deep", "qlib.part.near", "qlib.above"}
     assert found.packages == {"numpy", "torch"}
+
+
+def test_comments_docstrings_and_layout_change_no_hash_but_code_and_other_texts_do(tmp_path):
+    (tmp_path / "__init__.py").write_text("VERBS = {'load': 'qlib.part'}\n")
+    plain = 'X = "a"\n\n\ndef load():\n    """Load."""\n    return X\n'
+
+    def digest(text):
+        (tmp_path / "part.py").write_text(text)
+        imports._read.cache_clear()
+        return reach([], "qlib.load()", tmp_path).sources["qlib.part"]
+
+    first = digest(plain)
+    assert digest(plain.replace("Load.", "Load it.")) == first
+    assert digest(plain.replace("return X", "return (\n        X  # why\n    )")) == first
+    assert digest(plain.replace('"a"', '"b"')) != first
+    assert digest(plain.replace("return X", "return X + X")) != first
 
 
 def test_state_without_a_key_is_unverified(project):
