@@ -97,5 +97,11 @@ def channels_at_once(in_features: int) -> int:
 
 
 def hold_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A float tensor as integers of the same bits, for buffers that ``module.float()`` must not convert."""
-    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    """A float tensor as integers of the same bits, for buffers that ``module.float()`` must not convert.
+
+    A part of a larger tensor is copied: linears that were solved together are parts of one, which would stay in memory
+    whole, and safetensors saves no tensors that share memory.
+    """
+    part = tensor.untyped_storage().nbytes() > tensor.nbytes
+    tensor = tensor.clone(memory_format=torch.contiguous_format) if part else tensor.contiguous()
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])

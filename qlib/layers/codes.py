@@ -17,7 +17,7 @@ class CodesLinear(PackedLinear):
     def __init__(self, compressed: CompressedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__(compressed.grid, tuple(compressed.codes.shape), bias)
         for name, tensor in to_tensors(compressed).items():
-            self.register_buffer(name, tensor if tensor.dtype == torch.uint8 else hold_bits(tensor))
+            self.register_buffer(name, hold_bits(tensor))
 
     def compressed(self) -> CompressedWeight:
         shape = (self.out_features, self.in_features)

@@ -1,6 +1,6 @@
 """Weights on a grid: how a scale is fitted, how a float becomes a code, and what a code means."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -49,8 +49,9 @@ class CompressedWeight:
     tensor_scale: torch.Tensor | None = None
 
     def rows(self, part: slice) -> "CompressedWeight":
-        """Some output channels."""
-        return replace(self, codes=self.codes[part], scales=self.scales[part], zeros=self.zeros[part])
+        """Some output channels. The scale of the whole is copied: layers that share memory cannot be saved."""
+        factor = None if self.tensor_scale is None else self.tensor_scale.clone()
+        return CompressedWeight(self.grid, self.codes[part], self.scales[part], self.zeros[part], factor)
 
     def dequantize(self) -> torch.Tensor:
         """The fp32 weight `[out, in]`: (code - zero) * scale, or the number a code stands for times scale."""
