@@ -62,24 +62,28 @@ def _find_block_rows() -> int | None:
 
 def expands_natively() -> bool:
     """Whether our own kernel dequantizes blocks here."""
-    return block_rows() == 64 and not native.missing() and _knows_tiles()
+    return block_rows() == 64 and not native.missing() and _tile_channels() is not None
 
 
 expands_natively._dynamo_marked_constant = True
 
 
 @lru_cache(maxsize=None)
-def _knows_tiles() -> bool:
-    """Whether oneDNN keeps weights in the order `native.int4_expand` writes them: undocumented too, so asked."""
+def _tile_channels() -> int | None:
+    """Channels that oneDNN keeps side by side, in an order `native.int4_expand` writes: undocumented too, so asked.
+
+    64 on processors with AVX-512, 32 on those with AMX; None: another order.
+    """
     ops = torch.ops.mkldnn
     if not (hasattr(ops, "data_ptr") and ops._is_mkldnn_bf16_supported()):
-        return False
+        return None
     weight = torch.arange(128 * 96, dtype=torch.int16).view(128, 96)
     tile = ops._reorder_linear_weight(weight.view(torch.bfloat16), None)
     if ops._nbytes(tile) != 2 * weight.numel():
-        return False
+        return None
     held = torch.frombuffer((ctypes.c_int16 * weight.numel()).from_address(ops.data_ptr(tile)), dtype=torch.int16)
-    return torch.equal(held, weight.view(2, 64, 48, 2).transpose(1, 2).flatten())
+    orders = {wide: weight.view(-1, wide, 48, 2).transpose(1, 2).flatten() for wide in (64, 32)}
+    return next((wide for wide, order in orders.items() if torch.equal(held, order)), None)
 
 
 def expand_multiply(
@@ -115,7 +119,8 @@ def _multiply_own(x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Ten
         columns = min(width, len(packed) - start)
         if start == 0 or columns < width:
             tile = torch.ops.mkldnn._reorder_linear_weight(x.new_empty(columns, x.shape[1]), None)
-        native.int4_expand(packed, scales_zeros, start, columns, torch.ops.mkldnn.data_ptr(tile))
+        address = torch.ops.mkldnn.data_ptr(tile)
+        native.int4_expand(packed, scales_zeros, start, columns, address, _tile_channels())
         out[:, start : start + columns] = torch.ops.mkldnn._linear_pointwise(x, tile, None, "none", [], "")
 
 

@@ -323,10 +323,10 @@ void int4_row(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, co
     free(group_sums);
 }
 
-// The weights of `blocks` blocks from channel `first` on, rounded to bf16, in the order of oneDNN's own kernels: out
-// [blocks, in / 2, 64, 2].
+// The weights of `blocks` blocks from channel `first` on, rounded to bf16, in the order of oneDNN's own kernels, which
+// take `wide` channels (32 or 64) at once: out [blocks * 64 / wide, in / 2, wide, 2].
 void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, long in, long group, long channels,
-                 long first, long blocks, int threads) {
+                 long first, long blocks, long wide, int threads) {
     uint16_t places[32];
     EACH(i, 32) places[i] = i / 2 + i % 2 * 16;
     const __m512i zip = _mm512_loadu_si512(places), order[2] = {pair_order(0), pair_order(1)};
@@ -351,7 +351,9 @@ void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, lon
                         number[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale[j], zero[j]);
                     }
                     __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(number[1], number[0]);
-                    _mm512_storeu_si512(out + (block * in + k) * 64 + j * 32, _mm512_permutexvar_epi16(zip, pair));
+                    long channel = block * 64 + j * 16, stripe = channel / wide;
+                    bf16 *to = out + (stripe * in + k) * wide + channel % wide * 2;
+                    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(zip, pair));
                 }
             }
         }

@@ -1,4 +1,4 @@
-"""Our own CPU kernels (kernels.c): built once with the machine's C compiler, and torch operators around them.
+"""Our own CPU kernels (kernels.c, amx.c): built once with the machine's C compiler, and torch operators around them.
 
 Where there is no compiler, or a processor without the instructions they use, `missing` says so and the layers run
 torch's own operators: slower, never different in what they compute. QLIB_NATIVE=0 asks for that.
@@ -19,19 +19,21 @@ import torch
 from qlib.paths import cache_folder
 
 __all__ = [
-    "missing", "takes", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "rms_norm", "attend",
+    "missing", "takes", "has_amx", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "rms_norm", "attend",
     "causal_softmax", "round_columns", "RowKernel", "Blocks",
 ]  # fmt: skip
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "amx.c")]
 #: Contracting a product and a sum would make numbers depend on the compiler.
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
+#: Rows from which tile registers are worth filling, and the channels that they take at a time.
+TILED_ROWS, TILED_CHANNELS = 12, 32
 #: What every function takes: pointers, counts, a float; the number of threads comes last.
 ARGUMENTS = {
     "quantize_rows": "ppppnn", "int8_dot": "pppppppnnn", "int8_rows": "ppppppnnnn", "int4_row": "pppppnnn",
-    "int4_expand": "pppnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
-    "round_columns": "pppppppnnn", "causal_softmax": "pnnnn",
+    "int4_expand": "pppnnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
+    "round_columns": "pppppppnnn", "causal_softmax": "pnnnn", "amx_ready": "", "int8_tiles": "ppppppnnn",
 }  # fmt: skip
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
 
@@ -45,12 +47,12 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "no C compiler"
     flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([*(one.read_text() for one in SOURCES), compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
     path = cache_folder() / "kernels" / f"{key}.so"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            command = [compiler, *FLAGS, str(SOURCE), "-o", f"{folder}/kernels.so", "-lm"]
+            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", f"{folder}/kernels.so", "-lm"]
             try:
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
             except (subprocess.SubprocessError, OSError) as error:
@@ -64,6 +66,7 @@ def _build() -> tuple[ctypes.CDLL | None, str]:
     for name, letters in ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [*(TYPES[letter] for letter in letters), ctypes.c_int], None
+    library.amx_ready.restype = ctypes.c_int
     return library, ""
 
 
@@ -80,9 +83,15 @@ def takes(device: torch.device, channels: int, multiple: int) -> bool:
     return device.type == "cpu" and channels % multiple == 0 and not missing()
 
 
-def _call(name: str, *arguments: torch.Tensor | float | None) -> None:
+@lru_cache(maxsize=None)
+def has_amx() -> bool:
+    """Whether products of int8 run on the tile registers of this processor."""
+    return not missing() and bool(_call("amx_ready"))
+
+
+def _call(name: str, *arguments: torch.Tensor | float | None) -> int:
     values = [one if one is None or isinstance(one, (int, float)) else one.data_ptr() for one in arguments]
-    getattr(_build()[0], name)(*values, torch.get_num_threads())
+    return getattr(_build()[0], name)(*values, torch.get_num_threads())
 
 
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,8 +111,11 @@ def _int8_dot(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Product of bf16 `x [rows, in]`, rounded to 8 bits row by row, and int8 codes, in tiles (int8_tiles.py)."""
-    out = x.new_empty(x.shape[0], len(scales))
-    _call("int8_dot", *round_rows(x), codes, scales, bias, out, *x.shape, len(scales))
+    out, (rounded, row_scales, sums) = x.new_empty(x.shape[0], len(scales)), round_rows(x)
+    if len(x) >= TILED_ROWS and len(scales) % TILED_CHANNELS == 0 and has_amx():
+        _call("int8_tiles", rounded, row_scales, codes, scales, bias, out, *x.shape, len(scales))
+    else:
+        _call("int8_dot", rounded, row_scales, sums, codes, scales, bias, out, *x.shape, len(scales))
     return out
 
 
@@ -139,14 +151,16 @@ def _int4_row(
     return out
 
 
-def int4_expand(packed: torch.Tensor, scales_zeros: torch.Tensor, first: int, channels: int, out: int) -> None:
+def int4_expand(
+    packed: torch.Tensor, scales_zeros: torch.Tensor, first: int, channels: int, out: int, wide: int
+) -> None:
     """Write the bf16 weights of `channels` output channels from `first` on, multiples of 64, to the address `out`.
 
-    They are written in the order of oneDNN's own kernels, `[channels / 64, in / 2, 64, 2]`.
+    They are written in the order of oneDNN's own kernels, `[channels / wide, in / 2, wide, 2]`, `wide` 32 or 64.
     """
     in_features = 2 * packed.shape[1]
     group = in_features // len(scales_zeros)
-    _call("int4_expand", packed, scales_zeros, out, in_features, group, len(packed), first, channels // 64)
+    _call("int4_expand", packed, scales_zeros, out, in_features, group, len(packed), first, channels // 64, wide)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -128,10 +128,11 @@ def test_rounded_activations_are_within_half_a_step_and_pass_gradients():
     assert torch.allclose(x.grad, compressed.dequantize().sum(0).expand(3, -1), atol=1e-4)
 
 
+@pytest.mark.parametrize("out_features", (68, 96))  # 96: with tile registers, where the processor has them
 @pytest.mark.parametrize("rows", (1, 5, 300))
-def test_integers_are_summed_exactly_at_the_ends_of_their_range(rows, kernels):
+def test_integers_are_summed_exactly_at_the_ends_of_their_range(rows, out_features, kernels):
     """Against int64: no saturation, whatever the signs, and the scales multiply in fp32."""
-    out_features, in_features = 68, 4160  # more than one stretch of input channels, and part of a vector
+    in_features = 4160  # more than one stretch of input channels, and part of a vector
     x = torch.tensor([1.0, -1.0])[torch.randint(2, (rows, in_features))].bfloat16() * 254  # every code is +-127
     codes = torch.randint(2, (out_features, in_features), dtype=torch.uint8) * 255
     codes[0], codes[1] = 0, 255  # -128 and 127
@@ -145,6 +146,19 @@ def test_integers_are_summed_exactly_at_the_ends_of_their_range(rows, kernels):
     assert sums.abs().max() > 2**26 - 2**24
     wanted = sums.double() * 2 * scales.double().t() + bias.double()
     assert torch.allclose(layer(x).double(), wanted, rtol=2**-8, atol=2**-8)
+
+
+@pytest.mark.skipif(not native.has_amx(), reason="needs a processor with AMX")
+@pytest.mark.parametrize("rows, in_features, out_features", ((12, 64, 32), (33, 1088, 64), (257, 2112, 96), (600, 128, 32)))
+@pytest.mark.parametrize("bias", (False, True))
+def test_tile_registers_and_vectors_give_the_same_bits(rows, in_features, out_features, bias, monkeypatch):
+    x = (torch.randn(rows, in_features) * torch.logspace(-3, 3, rows)[:, None]).bfloat16()
+    codes = int8_tiles.tile(torch.randint(-128, 128, (out_features, in_features), dtype=torch.int8))
+    scales = (torch.rand(out_features) + 0.5).bfloat16()
+    told = (x, codes, scales, torch.randn(out_features).bfloat16() if bias else None)
+    tiled = native.int8_dot(*told)
+    monkeypatch.setattr(native, "has_amx", lambda: False)
+    assert torch.equal(tiled, native.int8_dot(*told))
 
 
 @pytest.mark.skipif(bool(native.missing()), reason=native.missing())
@@ -310,3 +324,17 @@ def test_on_cuda(grid):
     exact = F.linear(x, compressed.dequantize().cuda(), linear.bias.float())
     assert torch.equal(layer(x), exact)
     assert_same(layer.cpu().compressed(), compressed)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, Grid(4, 16, symmetric=True, element="nvfp4")], ids=lambda grid: grid.name)
+def test_layers_made_of_parts_of_one_weight_share_no_memory_so_that_they_can_be_saved(tmp_path, grid):
+    from safetensors.torch import load_file, save_file
+
+    weight = torch.randn(192, 256)
+    whole = round_to_grid(weight, grid, *fit_grid(weight, grid))
+    layers = nn.ModuleList(pack(nn.Linear(256, 64), whole.rows(slice(i, i + 64))) for i in (0, 64, 128))
+    save_file(layers.state_dict(), tmp_path / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        assert torch.equal(tensor, layers.state_dict()[name])
+    for i, layer in enumerate(layers):
+        assert torch.equal(layer.compressed().dequantize(), whole.dequantize()[64 * i : 64 * i + 64])
