@@ -26,8 +26,9 @@ class Int4Linear(PackedLinear):
     CUDA want the codes in different orders; they are re-packed when the layer moves.
     """
 
-    #: Measured on a CPU: for more rows dequantizing to bf16 and multiplying is faster, with our own kernel, or without.
-    packed_rows, packed_rows_without = 24, 64
+    #: Measured on CPUs: for more rows dequantizing to bf16 and multiplying is faster, with our own kernel, on tile
+    #: registers, or without either.
+    packed_rows, packed_rows_tiled, packed_rows_without = 24, 7, 64
 
     def __init__(self, compressed: CompressedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__(compressed.grid, tuple(compressed.codes.shape), bias)
@@ -76,6 +77,8 @@ class Int4Linear(PackedLinear):
     def runs_packed(self, rows: int) -> bool:
         if rows == 1 or self.packed.device.type != "cpu" or int4_blocks.block_rows() is None:
             return True
+        if int4_blocks.multiplies_natively():
+            return rows <= self.packed_rows_tiled
         return rows <= (self.packed_rows if int4_blocks.expands_natively() else self.packed_rows_without)
 
     def row_kernel(self) -> native.RowKernel | None:
@@ -91,6 +94,8 @@ class Int4Linear(PackedLinear):
         if self._has_own_kernel(rows):
             return "packed int4 (own kernel)"
         if not self.runs_packed(rows):
+            if int4_blocks.multiplies_natively():
+                return "int4 blocks dequantized to bf16 in the matmul (AMX, own kernel)"
             own = "our own" if int4_blocks.expands_natively() else f"torch operators, {native.missing()}"
             return f"int4 blocks dequantized to bf16 ({own}), then matmul"
         name = "_weight_int4pack_mm_for_cpu" if self.packed.device.type == "cpu" else "_weight_int4pack_mm"

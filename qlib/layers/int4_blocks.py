@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from qlib.layers import native
 from qlib.layers.base import SCRATCH_BYTES, channels_at_once
 
-__all__ = ["pack", "unpack", "block_rows", "expands_natively", "expand_multiply"]
+__all__ = ["pack", "unpack", "block_rows", "expands_natively", "multiplies_natively", "expand_multiply"]
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -68,6 +68,14 @@ def expands_natively() -> bool:
 expands_natively._dynamo_marked_constant = True
 
 
+def multiplies_natively() -> bool:
+    """Whether our own kernel multiplies what it has dequantized, on tile registers."""
+    return block_rows() == 64 and native.has_amx()
+
+
+multiplies_natively._dynamo_marked_constant = True
+
+
 @lru_cache(maxsize=None)
 def _tile_channels() -> int | None:
     """Channels that oneDNN keeps side by side, in an order `native.int4_expand` writes: undocumented too, so asked.
@@ -102,7 +110,7 @@ def expand_multiply(
     full = len(packed) // size * size
     out = x.new_empty(len(x), len(packed))
     if full:
-        multiply = _multiply_own if expands_natively() else _multiply_eager
+        multiply = native.int4_multiply if multiplies_natively() else _multiply_own if expands_natively() else _multiply_eager
         multiply(x, packed[:full], scales_zeros[:, :full].contiguous(), out)
     if full < len(packed):
         codes = unpack(packed[full:], size).view(-1, len(scales_zeros), 2 * half // len(scales_zeros))

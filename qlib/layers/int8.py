@@ -164,8 +164,9 @@ class Int8DynamicLinear(Int8Linear):
     def kernel(self, rows: int) -> str:
         if not self.runs_packed(rows):
             return "activations rounded to int8, int8 codes to bf16, then matmul"
-        own = "own kernel" if self._has_own_kernel() else f"torch _int_mm; no kernel of our own: {native.missing()}"
-        return f"int8 x int8 ({own})"
+        if not self._has_own_kernel():
+            return f"int8 x int8 (torch _int_mm; no kernel of our own: {native.missing()})"
+        return f"int8 x int8 ({'AMX, ' if native.tiled(rows, self.out_features) else ''}own kernel)"
 
     def _has_torch_kernel(self) -> bool:
         return self.codes.device.type == "cpu" or (self.in_features % 8 == 0 and self.out_features % 8 == 0)

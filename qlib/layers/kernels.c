@@ -86,7 +86,13 @@ void quantize_rows(const bf16 *x, int8_t *codes, float *scales, int32_t *sums, l
 enum { TILE = 64 };
 // Channels whose codes stay in the second-level cache; input channels and rows summed before moving on.
 enum { PANEL = 64, DEPTH = 4096, BLOCK = 256 };
-enum { AHEAD = 4096 };  // bytes fetched before they are needed
+// How weights are fetched before they are needed. Measured: Intel's processors with AMX fetch twice as fast into the
+// second-level cache, AMD's faster past it.
+#ifdef __AMX_TILE__
+enum { AHEAD = 16384, WHERE = _MM_HINT_T1, WHERE_INT4 = _MM_HINT_T1 };
+#else
+enum { AHEAD = 4096, WHERE = _MM_HINT_NTA, WHERE_INT4 = _MM_HINT_T0 };
+#endif
 
 INLINE __m512i add_neighbours(__m512i a, __m512i b) {
     return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -99,6 +105,9 @@ INLINE __m128i sum_each(const __m512i *four) {  // the sums of four vectors
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
+// Products of unsigned and signed bytes. By hand, because gcc spills the sums when it uses _mm512_dpbusd_epi32.
+#define ADD_PRODUCTS(sum, plus, any) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(plus), "v"(any))
+
 // vpdpbusd wants one side unsigned: 128 is added to the weights' codes, and taken off at the end.
 INLINE void dot_tile(const int8_t *x, const int8_t *w, long in, long depth, __m512i (*sums)[WIDE], const int tall,
                      const int once) {
@@ -106,13 +115,12 @@ INLINE void dot_tile(const int8_t *x, const int8_t *w, long in, long depth, __m5
         __m512i weight[WIDE];
         EACH(j, WIDE) {
             const int8_t *codes = w + WIDE * k + TILE * j;
-            if (once) _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_NTA);
+            if (once) _mm_prefetch((const char *)codes + AHEAD, WHERE);
             weight[j] = _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8((char)128));
         }
         EACH(i, tall) {
             __m512i row = _mm512_loadu_si512(x + i * in + k);
-            // by hand, because gcc spills the sums when it uses _mm512_dpbusd_epi32
-            EACH(j, WIDE) __asm__("vpdpbusd %2, %1, %0" : "+v"(sums[i][j]) : "v"(weight[j]), "v"(row));
+            EACH(j, WIDE) ADD_PRODUCTS(sums[i][j], weight[j], row);
         }
     }
 }
@@ -162,9 +170,8 @@ void int8_dot(const int8_t *x, const float *row_scales, const int32_t *row_sums,
 // Groups of few channels are not worth the trouble; longer ones than these could overflow.
 enum { DIGITS = 3, BITS = 22, LONGEST = 65536, LEAST_GROUP = 512 };
 
-// x = (digit 0 + 256 * digit 1 + 65536 * digit 2) * the unit that is returned; digits is [DIGITS, in]. What sums of a
-// group start with, [groups, DIGITS], takes off what dot_tile adds to the weights.
-static float split_row(const bf16 *x, int8_t *digits, __m512i *starts, long in, long group) {
+// x = (digit 0 + 256 * digit 1 + 65536 * digit 2) * the unit that is returned; digits is [DIGITS, in].
+static float split_row(const bf16 *x, int8_t *digits, long in) {
     bf16 largest = 0;
 #pragma omp simd reduction(max : largest)
     EACH(k, in) largest = (x[k] & 0x7fff) > largest ? x[k] & 0x7fff : largest;
@@ -178,6 +185,11 @@ static float split_row(const bf16 *x, int8_t *digits, __m512i *starts, long in, 
             whole = _mm512_srai_epi32(_mm512_sub_epi32(whole, _mm512_cvtepi8_epi32(digit)), 8);
         }
     }
+    return unit;
+}
+
+// What sums of a group start with, [groups, DIGITS]: it takes off what dot_tile adds to the weights.
+static void start_sums(const int8_t *digits, __m512i *starts, long in, long group) {
     for (long start = 0; start < in; start += group)
         EACH(p, DIGITS) {
             __m512i sum = _mm512_setzero_si512();
@@ -187,7 +199,13 @@ static float split_row(const bf16 *x, int8_t *digits, __m512i *starts, long in, 
             }
             *starts++ = _mm512_sub_epi32(_mm512_setzero_si512(), sum);
         }
-    return unit;
+}
+
+INLINE __m512 join_digits(const __m512i *sums, long apart) {  // sums of products with each digit, `apart` vectors from the next
+    __m512 sum = _mm512_setzero_ps();
+    for (long p = DIGITS - 1; p >= 0; p--)
+        sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sums[p * apart]));
+    return sum;
 }
 
 INLINE void digits_tile(const int8_t *digits, const __m512i *starts, const int8_t *w, const bf16 *scales, long in,
@@ -199,10 +217,8 @@ INLINE void digits_tile(const int8_t *digits, const __m512i *starts, const int8_
         EACH(p, DIGITS) EACH(j, WIDE) sums[p][j] = _mm512_load_si512(starts + g * DIGITS + p);
         dot_tile(digits + g * group, w + WIDE * g * group, in, group, sums, DIGITS, 1);
         EACH(j, WIDE) {
-            __m512 sum = _mm512_setzero_ps(), scale = _mm512_set1_ps(widen(scales[j * (in / group) + g]));
-            for (long p = DIGITS - 1; p >= 0; p--)
-                sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256), _mm512_cvtepi32_ps(sums[p][j]));
-            totals[j] = _mm512_fmadd_ps(sum, scale, totals[j]);
+            __m512 scale = _mm512_set1_ps(widen(scales[j * (in / group) + g]));
+            totals[j] = _mm512_fmadd_ps(join_digits(&sums[0][j], WIDE), scale, totals[j]);
         }
     }
     EACH(j, WIDE) out[j] = unit * _mm512_reduce_add_ps(totals[j]);
@@ -217,7 +233,7 @@ INLINE void rows_tile(const float *x, const int8_t *w, const bf16 *scales, long 
         for (long k = start; k < start + group; k += 16)
             EACH(j, WIDE) {
                 const int8_t *codes = w + WIDE * (k & -TILE) + TILE * j + (k & (TILE - 1));
-                if (k % TILE == 0) _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_NTA);
+                if (k % TILE == 0) _mm_prefetch((const char *)codes + AHEAD, WHERE);
                 __m512 weight = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)codes)));
                 EACH(i, tall)
                     part[i][j] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(x + i * in + k), part[i][j]);
@@ -238,8 +254,10 @@ void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *
     int8_t *digits = (int8_t *)wide;
     int splits = rows == 1 && group % TILE == 0 && group >= LEAST_GROUP && group <= LONGEST;
     __m512i *starts = splits ? aligned_alloc(64, 64 * DIGITS * groups) : NULL;
-    if (splits) unit = split_row(x, digits, starts, in, group);
-    else EACH(i, rows * in) wide[i] = widen(x[i]);
+    if (splits) {
+        unit = split_row(x, digits, in);
+        start_sums(digits, starts, in, group);
+    } else EACH(i, rows * in) wide[i] = widen(x[i]);
     if (offsets) EACH(i, rows * groups) group_sums[i] = sum_of(x + i * group, group);
 #pragma omp parallel for num_threads(threads)
     for (long n = 0; n < channels; n += WIDE)
@@ -267,92 +285,100 @@ void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *
 // A block is 64 channels, [in, 32] bytes: channel j in the low half of byte j, channel j + 32 in the high half.
 // Scales and zeros lie side by side: bf16 [groups, channels, 2].
 
-// 64 bytes are two input channels. vpermb with this order sets those of 16 output channels (and of 16 more in the high
-// halves) side by side, 16 bits for each input channel; the odd bytes mean nothing.
-INLINE __m512i pair_order(long half) {
+// 64 bytes are two input channels, 128 are four. Taken in this order, those of 16 output channels (and of 16 more in the
+// high halves) lie side by side, `width` bytes for each; where there are two, the odd bytes mean nothing.
+INLINE __m512i side_by_side(long half, const int width) {
     uint8_t places[64];
-    EACH(i, 64) places[i] = i / 4 + 16 * half + (i & 2 ? 32 : 0);
+    EACH(i, 64) places[i] = i / 4 + 16 * half + (width == 1 ? 32 * (i % 4) : i & 2 ? 32 : 0);
     return _mm512_loadu_si512(places);
 }
 
-// One row. Two input channels at a time: vpermw looks codes up as bf16 numbers, vdpbf16ps multiplies them with two
-// activations. The zeros are multiplied with the activations' sum over a group.
+// One row, in digits. vpdpbusd takes four input channels of 16 output channels: whole bytes, and bytes without their low
+// halves, which are 16 times the codes in the high ones; what the low ones make is the difference. The zeros, and the 8,
+// are multiplied with the activations' sum over a group.
 void int4_row(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, const bf16 *bias, bf16 *out, long in,
               long group, long channels, int threads) {
-    bf16 numbers[32];
     long groups = in / group;
-    float *group_sums = malloc(sizeof(float) * groups);
-    EACH(i, 32) numbers[i] = narrow(i % 16 - 8);  // twice, because vpermw reads five bits
-    EACH(g, groups) group_sums[g] = sum_of(x + g * group, group);
-    const __m512i table = _mm512_loadu_si512(numbers), order[2] = {pair_order(0), pair_order(1)};
+    int8_t *digits = malloc(DIGITS * in);
+    float *group_sums = malloc(sizeof(float) * groups), unit = split_row(x, digits, in);
+    EACH(g, groups) group_sums[g] = sum_of(x + g * group, group) / unit;
+    const __m512i high = _mm512_set1_epi8((char)0xf0), order[2] = {side_by_side(0, 1), side_by_side(1, 1)};
 #pragma omp parallel for num_threads(threads)
     for (long n = 0; n < channels; n += 64) {
         const uint8_t *block = packed + n / 2 * in;
-        __m512 sums[4], part[4];
-        EACH(j, 4) sums[j] = _mm512_setzero_ps();
+        __m512 totals[4];
+        EACH(j, 4) totals[j] = _mm512_setzero_ps();
         EACH(g, groups) {
             // the next group's lie far from these: at the end, the first ones of the next block
             const bf16 *next = scales_zeros + (g + 1 < groups ? (g + 1) * channels + n : n + 64) * 2;
             EACH(j, 4) _mm_prefetch((const char *)(next + j * 32), _MM_HINT_T0);
-            EACH(j, 4) part[j] = _mm512_setzero_ps();
-            for (long k = g * group; k < (g + 1) * group; k += 2) {
-                _mm_prefetch((const char *)block + k * 32 + AHEAD, _MM_HINT_T0);
-                __m512i bytes = _mm512_loadu_si512(block + k * 32);
-                __m512bh two = (__m512bh)_mm512_set1_epi32(x[k] | (uint32_t)x[k + 1] << 16);
+            __m512i sums[DIGITS][4];
+            EACH(p, DIGITS) EACH(j, 4) sums[p][j] = _mm512_setzero_si512();
+            for (long k = g * group; k < (g + 1) * group; k += 4) {
+                const uint8_t *at = block + k * 32;
+                EACH(i, 2) _mm_prefetch((const char *)at + 64 * i + AHEAD, WHERE_INT4);
+                __m512i first = _mm512_loadu_si512(at), second = _mm512_loadu_si512(at + 64), bytes[4];
                 EACH(half, 2) {
-                    __m512i low = _mm512_maskz_permutexvar_epi8(0x5555555555555555, order[half], bytes);
-                    __m512i high = _mm512_srli_epi16(low, 4);
-                    __m512bh first = (__m512bh)_mm512_permutexvar_epi16(low, table);
-                    __m512bh second = (__m512bh)_mm512_permutexvar_epi16(high, table);
-                    part[half] = _mm512_dpbf16_ps(part[half], first, two);
-                    part[half + 2] = _mm512_dpbf16_ps(part[half + 2], second, two);
+                    bytes[half] = _mm512_permutex2var_epi8(first, order[half], second);
+                    bytes[half + 2] = _mm512_and_si512(bytes[half], high);
+                }
+                EACH(p, DIGITS) {
+                    int32_t four;
+                    memcpy(&four, digits + p * in + k, sizeof(four));
+                    __m512i row = _mm512_set1_epi32(four);
+                    EACH(j, 4) ADD_PRODUCTS(sums[p][j], bytes[j], row);
                 }
             }
+            EACH(p, DIGITS) EACH(half, 2) sums[p][half] = _mm512_sub_epi32(sums[p][half], sums[p][half + 2]);
             EACH(j, 4) {
                 __m512i both = _mm512_loadu_si512(scales_zeros + (g * channels + n + j * 16) * 2);
-                sums[j] = _mm512_fmadd_ps(part[j], even_halves(both), sums[j]);
-                sums[j] = _mm512_fmadd_ps(_mm512_set1_ps(group_sums[g]), odd_halves(both), sums[j]);
+                __m512 scale = even_halves(both), rest = _mm512_fnmadd_ps(_mm512_set1_ps(8), scale, odd_halves(both));
+                __m512 sum = _mm512_mul_ps(join_digits(&sums[0][j], 4), _mm512_set1_ps(j < 2 ? 1 : 1.f / 16));
+                totals[j] = _mm512_fmadd_ps(sum, scale, totals[j]);
+                totals[j] = _mm512_fmadd_ps(_mm512_set1_ps(group_sums[g]), rest, totals[j]);
             }
         }
         EACH(j, 4) {
             float last[16];
-            _mm512_storeu_ps(last, sums[j]);
-            EACH(i, 16) out[n + j * 16 + i] = narrow(last[i] + (bias ? widen(bias[n + j * 16 + i]) : 0));
+            _mm512_storeu_ps(last, totals[j]);
+            EACH(i, 16) out[n + j * 16 + i] = narrow(unit * last[i] + (bias ? widen(bias[n + j * 16 + i]) : 0));
         }
     }
+    free(digits);
     free(group_sums);
 }
 
-// The weights of `blocks` blocks from channel `first` on, rounded to bf16, in the order of oneDNN's own kernels, which
-// take `wide` channels (32 or 64) at once: out [blocks * 64 / wide, in / 2, wide, 2].
+// The weights of `depth` input channels from `start` on, whole groups, of `blocks` blocks from channel `first` on, rounded
+// to bf16, in the order of oneDNN's own kernels, which take `wide` channels (32 or 64) at once: out
+// [blocks * 64 / wide, depth / 2, wide, 2].
 void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, long in, long group, long channels,
-                 long first, long blocks, long wide, int threads) {
+                 long first, long blocks, long start, long depth, long wide, int threads) {
     uint16_t places[32];
     EACH(i, 32) places[i] = i / 2 + i % 2 * 16;
-    const __m512i zip = _mm512_loadu_si512(places), order[2] = {pair_order(0), pair_order(1)};
+    const __m512i zip = _mm512_loadu_si512(places), order[2] = {side_by_side(0, 2), side_by_side(1, 2)};
+    // as the last bits of a bf16 number, a code is 128 + code
+    const __m512i bits = _mm512_set1_epi16(15), number = _mm512_set1_epi16(0x4300);
 #pragma omp parallel for collapse(2) num_threads(threads)
     EACH(block, blocks)
-        for (long start = 0; start < in; start += group) {
+        for (long done = 0; done < depth; done += group) {
             long n = first + block * 64;
             __m512 scale[4], zero[4];
             EACH(j, 4) {
-                __m512i both = _mm512_loadu_si512(scales_zeros + (start / group * channels + n + j * 16) * 2);
+                __m512i both = _mm512_loadu_si512(scales_zeros + ((start + done) / group * channels + n + j * 16) * 2);
                 scale[j] = even_halves(both);
-                zero[j] = _mm512_fnmadd_ps(_mm512_set1_ps(8), scale[j], odd_halves(both));
+                zero[j] = _mm512_fnmadd_ps(_mm512_set1_ps(128 + 8), scale[j], odd_halves(both));
             }
-            for (long k = start; k < start + group; k += 2) {
-                __m512i bytes = _mm512_loadu_si512(packed + n / 2 * in + k * 32);
+            for (long k = done; k < done + group; k += 2) {
+                __m512i bytes = _mm512_loadu_si512(packed + n / 2 * in + (start + k) * 32);
                 EACH(j, 4) {  // low halves of the bytes are the first 32 channels
                     __m512i codes = _mm512_permutexvar_epi8(order[j % 2], bytes);
-                    __m512 number[2];
-                    EACH(i, 2) {
-                        __m512i code = _mm512_srli_epi32(codes, 4 * (j / 2) + 16 * i);
-                        code = _mm512_and_si512(code, _mm512_set1_epi32(15));
-                        number[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), scale[j], zero[j]);
-                    }
-                    __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(number[1], number[0]);
+                    if (j / 2) codes = _mm512_srli_epi16(codes, 4);
+                    codes = _mm512_ternarylogic_epi32(codes, bits, number, 0xea);  // (codes & bits) | number
+                    __m512 even = _mm512_fmadd_ps(even_halves(codes), scale[j], zero[j]);
+                    __m512 odd = _mm512_fmadd_ps(odd_halves(codes), scale[j], zero[j]);
+                    __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
                     long channel = block * 64 + j * 16, stripe = channel / wide;
-                    bf16 *to = out + (stripe * in + k) * wide + channel % wide * 2;
+                    bf16 *to = out + (stripe * depth + k) * wide + channel % wide * 2;
                     _mm512_storeu_si512(to, _mm512_permutexvar_epi16(zip, pair));
                 }
             }

@@ -19,8 +19,8 @@ import torch
 from qlib.paths import cache_folder
 
 __all__ = [
-    "missing", "takes", "has_amx", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "rms_norm", "attend",
-    "causal_softmax", "round_columns", "RowKernel", "Blocks",
+    "missing", "takes", "has_amx", "tiled", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "int4_multiply",
+    "rms_norm", "attend", "causal_softmax", "round_columns", "RowKernel", "Blocks",
 ]  # fmt: skip
 
 SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "amx.c")]
@@ -28,12 +28,13 @@ SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "amx.c")]
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
 #: Rows from which tile registers are worth filling, and the channels that they take at a time.
-TILED_ROWS, TILED_CHANNELS = 12, 32
+TILED_ROWS, TILED_CHANNELS = 8, 32
 #: What every function takes: pointers, counts, a float; the number of threads comes last.
 ARGUMENTS = {
     "quantize_rows": "ppppnn", "int8_dot": "pppppppnnn", "int8_rows": "ppppppnnnn", "int4_row": "pppppnnn",
-    "int4_expand": "pppnnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
+    "int4_expand": "pppnnnnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
     "round_columns": "pppppppnnn", "causal_softmax": "pnnnn", "amx_ready": "", "int8_tiles": "ppppppnnn",
+    "int4_tiles": "ppppnnnnn",
 }  # fmt: skip
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
 
@@ -83,10 +84,19 @@ def takes(device: torch.device, channels: int, multiple: int) -> bool:
     return device.type == "cpu" and channels % multiple == 0 and not missing()
 
 
-@lru_cache(maxsize=None)
 def has_amx() -> bool:
-    """Whether products of int8 run on the tile registers of this processor."""
-    return not missing() and bool(_call("amx_ready"))
+    """Whether products of many rows run on the tile registers of this processor."""
+    return not missing() and _may_use_tiles()
+
+
+@lru_cache(maxsize=None)
+def _may_use_tiles() -> bool:
+    return bool(_call("amx_ready"))
+
+
+def tiled(rows: int, channels: int) -> bool:
+    """Whether `int8_dot` of this size runs on tile registers."""
+    return rows >= TILED_ROWS and channels % TILED_CHANNELS == 0 and has_amx()
 
 
 def _call(name: str, *arguments: torch.Tensor | float | None) -> int:
@@ -112,7 +122,7 @@ def _int8_dot(
 ) -> torch.Tensor:
     """Product of bf16 `x [rows, in]`, rounded to 8 bits row by row, and int8 codes, in tiles (int8_tiles.py)."""
     out, (rounded, row_scales, sums) = x.new_empty(x.shape[0], len(scales)), round_rows(x)
-    if len(x) >= TILED_ROWS and len(scales) % TILED_CHANNELS == 0 and has_amx():
+    if tiled(len(x), len(scales)):
         _call("int8_tiles", rounded, row_scales, codes, scales, bias, out, *x.shape, len(scales))
     else:
         _call("int8_dot", rounded, row_scales, sums, codes, scales, bias, out, *x.shape, len(scales))
@@ -160,7 +170,14 @@ def int4_expand(
     """
     in_features = 2 * packed.shape[1]
     group = in_features // len(scales_zeros)
-    _call("int4_expand", packed, scales_zeros, out, in_features, group, len(packed), first, channels // 64, wide)
+    part = (first, channels // 64, 0, in_features)
+    _call("int4_expand", packed, scales_zeros, out, in_features, group, len(packed), *part, wide)
+
+
+def int4_multiply(x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Tensor, out: torch.Tensor) -> None:
+    """Product of bf16 `x [rows, in]` and int4 as for `int4_row`, into the first columns of `out`; needs `has_amx`."""
+    group = x.shape[1] // len(scales_zeros)
+    _call("int4_tiles", x.contiguous(), packed, scales_zeros, out, *x.shape, group, len(packed), out.stride(0))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
