@@ -89,9 +89,9 @@ enum { PANEL = 64, DEPTH = 4096, BLOCK = 256 };
 // How weights are fetched before they are needed. Measured: Intel's processors with AMX fetch twice as fast into the
 // second-level cache, AMD's faster past it.
 #ifdef __AMX_TILE__
-enum { AHEAD = 16384, WHERE = _MM_HINT_T1, WHERE_INT4 = _MM_HINT_T1 };
+enum { AHEAD = 16384, WHERE = _MM_HINT_T1, WHERE_INT4 = _MM_HINT_T1, GROUP_AT_ONCE = 1 };
 #else
-enum { AHEAD = 4096, WHERE = _MM_HINT_NTA, WHERE_INT4 = _MM_HINT_T0 };
+enum { AHEAD = 4096, WHERE = _MM_HINT_NTA, WHERE_INT4 = _MM_HINT_T0, GROUP_AT_ONCE = 0 };
 #endif
 
 INLINE __m512i add_neighbours(__m512i a, __m512i b) {
@@ -314,9 +314,11 @@ void int4_row(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, co
             EACH(j, 4) _mm_prefetch((const char *)(next + j * 32), _MM_HINT_T0);
             __m512i sums[DIGITS][4];
             EACH(p, DIGITS) EACH(j, 4) sums[p][j] = _mm512_setzero_si512();
+            if (GROUP_AT_ONCE)
+                EACH(i, group / 2) _mm_prefetch((const char *)block + g * group * 32 + 64 * i + AHEAD, WHERE_INT4);
             for (long k = g * group; k < (g + 1) * group; k += 4) {
                 const uint8_t *at = block + k * 32;
-                EACH(i, 2) _mm_prefetch((const char *)at + 64 * i + AHEAD, WHERE_INT4);
+                if (!GROUP_AT_ONCE) EACH(i, 2) _mm_prefetch((const char *)at + 64 * i + AHEAD, WHERE_INT4);
                 __m512i first = _mm512_loadu_si512(at), second = _mm512_loadu_si512(at + 64), bytes[4];
                 EACH(half, 2) {
                     bytes[half] = _mm512_permutex2var_epi8(first, order[half], second);
