@@ -71,10 +71,10 @@ class _Causal(torch.autograd.Function):
         rows, key_heads, _, tokens, width = ctx.shape
         do = _cut(gradient.unflatten(1, ctx.shape[1:3]))
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for piece, (p, (_, end)) in enumerate(zip(kept, _keys(tokens))):
+        for piece, (p, (start, end)) in enumerate(zip(kept, _keys(tokens))):
             dv[:, :end].baddbmm_(p.transpose(1, 2), do[piece])
             dp = torch.bmm(do[piece], v[:, :end].transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+            ds = _scores_gradient(dp, p, start)
             torch.bmm(ds, k[:, :end], out=dq[piece])
             dk[:, :end].baddbmm_(ds.transpose(1, 2), q[piece])
         shape = (rows, key_heads, tokens, width)
@@ -89,6 +89,14 @@ def _weights(scores: torch.Tensor, start: int) -> torch.Tensor:
     unseen = torch.ones(PIECE, scores.shape[-1] - start, dtype=torch.bool).triu_(1)
     scores.view(len(scores), -1, PIECE, scores.shape[-1])[..., start:].masked_fill_(unseen, -torch.inf)
     return scores.softmax(-1)
+
+
+def _scores_gradient(dp: torch.Tensor, p: torch.Tensor, start: int) -> torch.Tensor:
+    """Gradient of the scores that became the weights `p` of `_weights`, from that of the weights, which may be overwritten."""
+    if p.dtype == torch.bfloat16 and not native.missing():
+        native.causal_softmax_backward(p, dp, start, PIECE)
+        return dp
+    return torch._softmax_backward_data(dp, p, -1, p.dtype)
 
 
 def _keys(tokens: int) -> list[tuple[int, int]]:

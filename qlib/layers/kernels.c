@@ -44,6 +44,11 @@ INLINE __m512 widen16(const bf16 *from) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
+INLINE __m512 widen_some(__mmask16 there, const bf16 *from) {  // 0 where nothing is
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+
 INLINE __m512 round16(__m512 x) {  // to bf16 and back
     __m512i wide = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -459,9 +464,7 @@ void causal_softmax(bf16 *scores, long rows, long keys, long first, long piece, 
             __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
             for (long k = 0; k < seen; k += 16) {
                 __mmask16 there = seen - k < 16 ? (1 << (seen - k)) - 1 : 0xffff;
-                __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, row + k));
-                __m512 some = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-                some = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), there, some);
+                __m512 some = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), there, widen_some(there, row + k));
                 _mm512_storeu_ps(numbers + k, some);
                 most = _mm512_max_ps(most, some);
             }
@@ -483,6 +486,30 @@ void causal_softmax(bf16 *scores, long rows, long keys, long first, long piece, 
             if (done < keys) memset(row + done, 0, sizeof(bf16) * (keys - done));
         }
         free(numbers);
+    }
+}
+
+// Gradients of weights [rows, keys] become those of scores, in place: dS = P (dP - sum(P dP)); see causal_softmax.
+void causal_softmax_backward(const bf16 *weights, bf16 *gradients, long rows, long keys, long first, long piece,
+                             int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long r = 0; r < rows; r++) {
+        const bf16 *p = weights + r * keys;
+        bf16 *d = gradients + r * keys;
+        long seen = LEAST(first + r % piece + 1, keys), last = (seen - 1) / 16 * 16;
+        __mmask16 tail = keys - last < 16 ? (1 << (keys - last)) - 1 : 0xffff;  // weights behind `seen` are 0
+        __m512 sum = _mm512_setzero_ps();
+        for (long k = 0; k < seen; k += 16) {
+            __mmask16 there = k == last ? tail : 0xffff;
+            sum = _mm512_fmadd_ps(widen_some(there, p + k), widen_some(there, d + k), sum);
+        }
+        sum = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
+        for (long k = 0; k < seen; k += 16) {
+            __mmask16 there = k == last ? tail : 0xffff;
+            __m512 some = _mm512_mul_ps(widen_some(there, p + k), _mm512_sub_ps(widen_some(there, d + k), sum));
+            _mm256_mask_storeu_epi16(d + k, there, (__m256i)_mm512_cvtneps_pbh(some));
+        }
+        if (last + 16 < keys) memset(d + last + 16, 0, sizeof(bf16) * (keys - last - 16));
     }
 }
 

@@ -20,7 +20,8 @@ from qlib.paths import cache_folder
 
 __all__ = [
     "missing", "takes", "has_amx", "tiled", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "int4_multiply",
-    "rms_norm", "attend", "causal_softmax", "round_columns", "RowKernel", "Blocks",
+    "rms_norm", "attend", "causal_softmax",
+    "causal_softmax_backward", "round_columns", "RowKernel", "Blocks",
 ]  # fmt: skip
 
 SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "amx.c")]
@@ -33,7 +34,7 @@ TILED_ROWS, TILED_CHANNELS = 8, 32
 ARGUMENTS = {
     "quantize_rows": "ppppnn", "int8_dot": "pppppppnnn", "int8_rows": "ppppppnnnn", "int4_row": "pppppnnn",
     "int4_expand": "pppnnnnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
-    "round_columns": "pppppppnnn", "causal_softmax": "pnnnn", "amx_ready": "", "int8_tiles": "ppppppnnn",
+    "round_columns": "pppppppnnn", "causal_softmax": "pnnnn", "causal_softmax_backward": "ppnnnn", "amx_ready": "", "int8_tiles": "ppppppnnn",
     "int4_tiles": "ppppnnnnn",
 }  # fmt: skip
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
@@ -212,6 +213,12 @@ def causal_softmax(scores: torch.Tensor, first: int, piece: int) -> None:
     Row r of the last but one axis sees the first `first + r % piece + 1` keys, all others get weight 0.
     """
     _call("causal_softmax", scores, scores.numel() // scores.shape[-1], scores.shape[-1], first, piece)
+
+
+def causal_softmax_backward(weights: torch.Tensor, gradients: torch.Tensor, first: int, piece: int) -> None:
+    """Turn the gradients of what `causal_softmax` made into those of its scores, in place; both bf16 `[..., keys]`."""
+    keys = weights.shape[-1]
+    _call("causal_softmax_backward", weights, gradients, weights.numel() // keys, keys, first, piece)
 
 
 @dataclass(frozen=True)
