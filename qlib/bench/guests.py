@@ -2,7 +2,7 @@
 
 import json
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Iterator
 
 import numpy as np
@@ -20,18 +20,28 @@ class Guest:
 
     def __init__(self, process: Any) -> None:
         self.process = process
-        line = process.stdout.readline()
-        if not line:
-            raise UserError((process.stderr.read().strip().splitlines() or ["llama.cpp: ended without a word"])[-1])
-        self.about = json.loads(line)
+        self.about = self._hear()
         self.rounds: dict[str, list[dict[str, float]]] = {"decode": [], "prefill": []}
 
     def ask(self, phase: str) -> None:
+        """One round.
+
+        Raises:
+            UserError: the process has ended.
+        """
         time.sleep(PAUSE)
-        self.process.stdin.write(f"{phase}\n")
-        self.process.stdin.flush()
-        self.rounds[phase].append(json.loads(self.process.stdout.readline()))
+        with suppress(BrokenPipeError):  # it has ended: hearing nothing says so
+            self.process.stdin.write(f"{phase}\n")
+            self.process.stdin.flush()
+        self.rounds[phase].append(self._hear())
         time.sleep(PAUSE)
+
+    def _hear(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            raise UserError((self.process.stderr.read().strip().splitlines() or [f"llama.cpp: ended with code {code}"])[-1])
+        return json.loads(line)
 
     def milliseconds(self, phase: str, kind: str, last: int) -> np.ndarray:
         """Of the last rounds. What a call costs beside the layer, where that was timed, is taken off."""
@@ -49,5 +59,6 @@ def llama(function: str, **arguments: Any) -> Iterator[Guest]:
     try:
         yield Guest(process)
     finally:
-        process.stdin.close()
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         process.wait(timeout=60)

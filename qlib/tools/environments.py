@@ -16,6 +16,7 @@ from qlib.paths import find_root, write_atomic
 
 __all__ = ["Environment", "environment_of", "names", "tools_folder"]
 
+BUILD_OPTION = "--config-settings"
 SOURCE = Path(__file__).parents[2]  # what the environments import as qlib
 STAMP = ".installed"
 LAST_LINES = 6
@@ -90,7 +91,7 @@ class Environment:
         for line in self.lock.read_text(encoding="utf-8").splitlines():
             package, _, version = line.partition("==")
             if re.sub(r"[-_.]", "", package.lower()).startswith(self.name.replace("-", "")):
-                return version.strip()
+                return version.partition(" ")[0].strip()  # options of pip may follow
         return "?"
 
     def lock_hash(self) -> str:
@@ -138,6 +139,8 @@ class Environment:
         with self.log.open("wb") as log:
             self._call([_interpreter(), "-m", "venv", str(self.folder)], log, "venv")
             options = ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", *pip_arguments]
+            if BUILD_OPTION in self.lock.read_text(encoding="utf-8"):
+                options.append("--no-cache-dir")  # pip would take a wheel it built without them, or on another processor
             self._call([str(python), "-m", "pip", "install", *options, "-r", str(self.lock)], log, "pip")
         ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
         packages = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())

@@ -42,6 +42,25 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_a_tool_that_is_built_with_options_is_built_anew(project, monkeypatch):
+    """pip keeps wheels that it built, and takes them whatever the options are."""
+    environment, called = environment_of("fake-tool"), []
+    environment.lock.write_text('faketool==1.0 --config-settings="cmake.define.A=-b -c"\n')
+    assert environment.version == "1.0"
+
+    def call(self, command, log, what):
+        called.append(command)
+        if what == "pip":
+            raise UserError("enough")
+
+    monkeypatch.setattr(type(environment), "_call", call)
+    for text, anew in ((environment.lock.read_text(), True), ("faketool==1.0\n", False)):
+        environment.lock.write_text(text)
+        with pytest.raises(UserError, match="enough"):
+            environment.install()
+        assert ("--no-cache-dir" in called[-1]) == anew
+
+
 @pytest.mark.slow
 def test_life_of_an_environment(project, capfd):
     pip = f"--pip-args=--no-index --find-links {project / 'wheels'}"
