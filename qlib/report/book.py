@@ -75,6 +75,12 @@ class Entry:
         return next((file for file in (*halfway, self.folder / "notebook.ipynb") if file.is_file()), None)
 
     @property
+    def kept_page(self) -> Path | None:
+        """The page of a published record's executed notebook, which itself is not kept."""
+        file = self.folder.parents[1] / "notebooks" / f"{html_slug(self.name)}.html"
+        return file if self.state == "published" and self.folder.name == self.name and file.is_file() else None
+
+    @property
     def order(self) -> tuple:
         """Baseline first, then by family, then from many bits to few and from large to small."""
         families = list(FAMILIES)
@@ -167,7 +173,8 @@ class Book:
 
     def page(self, entry: Entry) -> str:
         """The entry's executed notebook as a page beside the report, or an empty string where there is none."""
-        return f"notebooks/{self.anchor(entry).removeprefix('strategy-')}.html" if entry.notebook else ""
+        there = entry.notebook or entry.kept_page
+        return f"notebooks/{self.anchor(entry).removeprefix('strategy-')}.html" if there else ""
 
     def get(self, name: str) -> Entry | None:
         """The entry of that name (one with measurements before one without), None if it is known but never ran.

@@ -45,8 +45,13 @@ def render(root: str | Path, runs: str | Path, published: str | Path, target: st
     source = root / "notebooks" / "report.ipynb"
     executed = _execute(root, source, runs, published)
     book = collect(runs, published, root / "params")
-    for entry in (e for e in book.entries if e.notebook):
-        _attach(root, book, entry, target)
+    for entry in book.entries:
+        if entry.notebook:
+            _attach(root, book, entry, target)
+        elif entry.kept_page:
+            page, file = entry.kept_page.read_text(encoding="utf-8"), target.parent / book.page(entry)
+            file.parent.mkdir(exist_ok=True)
+            write_atomic(file, page.replace('"../index.html"', f'"../{target.name}"'))
 
     def current(entry: Entry):
         return _read(file) if (file := _source(root, entry)).is_file() else None

@@ -8,6 +8,7 @@ import time
 import nbformat
 import pandas
 import pytest
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from qlib.errors import UserError
@@ -203,3 +204,15 @@ def test_a_figure_without_data_says_so_in_a_line():
     page = figure_html(Figure(), "x", "caption", "Nothing <was> drawn.", pandas.DataFrame({"a": []}))
     assert "Nothing &lt;was&gt; drawn." in page and "<svg" not in page and "<details" not in page
     assert 'data-ref="fig-x"' in page  # references still find it
+
+
+def test_the_pages_of_published_records_stay_beside_the_report(project):
+    reports = project / "reports"
+    kept = reports / "published" / "notebooks" / "wanda-50.html"
+    kept.parent.mkdir()
+    kept.write_text('<a href="../index.html">The report</a><p>executed long ago</p>')
+    target = render(project, reports / "runs", reports / "published", reports / "mine.html")
+    page = target.parent / "notebooks" / "wanda-50.html"
+    assert page.read_text() == '<a href="../mine.html">The report</a><p>executed long ago</p>'
+    section = BeautifulSoup(target.read_text(), "html.parser").find(id="strategy-wanda-50").find_parent("details")
+    assert section.find("a", href="notebooks/wanda-50.html")
