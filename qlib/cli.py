@@ -16,6 +16,7 @@ from qlib.export.command import add_command as add_export
 from qlib.params import TIERS, Strategy, check_notebook, load_strategies, override, schema
 from qlib.paths import find_root, write_atomic
 from qlib.runs.lessons import find_lessons, taught
+from qlib.runs.provenance import torch_device
 from qlib.tools.command import add_command
 from qlib.yamltext import parse_assignments
 
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("-p", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="other parameters")
     run.add_argument("--model", type=_folder, help="another model: a folder or a hub id; apart from others, no lessons")
-    run.add_argument("--tier", choices=TIERS, help="smoke, core (default), or full, which includes core")
+    run.add_argument("--tier", choices=TIERS, help="smoke, core (default), full, which includes core, or gpu")
     run.add_argument("--force", action="store_true", help="run also what is up to date")
     run.add_argument("--limit", type=_seconds, default=LIMIT, metavar="SECONDS", help="per strategy (default: 4 hours)")
     run.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: cpu)")
@@ -164,6 +165,8 @@ def _run(options: argparse.Namespace, root: Path) -> int:
         families = {job.strategy.family for job in jobs}
         chosen = [lesson for lesson in lessons if taught(lesson) in families]
     jobs += [Job(lesson, root / "notebooks" / lesson.notebook) for lesson in chosen]
+    if torch_device() == "cpu" and (lost := [job.strategy.name for job in jobs if job.strategy.tier == "gpu"]):
+        raise UserError(f"{lost[0]}: strategies of tier gpu need one; allowed: --device cuda")
     if not jobs:
         raise UserError(f"no strategy of tier {options.tier or 'core'} to run; see `qlib list`")
     return run_all(jobs, root, options.runs, options.force, options.limit)
@@ -235,8 +238,9 @@ def _list(options: argparse.Namespace, root: Path) -> None:
     from qlib.runs.listing import list_rows, overridden, table
 
     strategies = load_strategies(_files([], root), root)
-    # Smoke strategies run in a folder of their own and say nothing about a model.
-    strategies = [s for s in strategies if (s.tier == options.tier if options.tier else s.tier != "smoke")]
+    # Smoke strategies run in a folder of their own and say nothing about a model; those of tier gpu need one.
+    apart = ("smoke", "gpu") if torch_device() == "cpu" else ("smoke",)
+    strategies = [s for s in strategies if (s.tier == options.tier if options.tier else s.tier not in apart)]
     if options.model:
         strategies = [replace(s, model=options.model) for s in strategies if s.family != "speed"]
     strategies += overridden(options.runs, strategies)

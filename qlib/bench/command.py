@@ -10,7 +10,7 @@ from typing import Any, Sequence
 
 from qlib.errors import UserError, nearest
 from qlib.paths import write_atomic
-from qlib.runs.provenance import provenance
+from qlib.runs.provenance import gpu, provenance
 from qlib.tools.environments import environment_of, names
 
 __all__ = ["add_command", "benchmarks", "run_benchmarks", "rows_text"]
@@ -57,20 +57,28 @@ def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path) 
     for name in only:
         if name not in known:
             raise UserError(f"--only: '{name}' is no benchmark{nearest(name, known)}; allowed: {', '.join(known)}")
-    begun, done = time.perf_counter(), _read(target)
+    begun, done, skipped = time.perf_counter(), _read(target), set()
     where = provenance() | {"tools": {tool: environment_of(tool, root).version for tool in names(root)}}
     for name in only or known:
         if time.perf_counter() - begun > limit:
             print(f"{name}: not started, the time limit of {limit:.0f} s is over", flush=True)
             continue
+        module = import_module(f"qlib.bench.bench_{name}")
+        if getattr(module, "NEEDS", "") == "cuda" and not gpu():
+            if name in only:
+                raise UserError(f"--only: '{name}' needs a GPU that this build of torch can use")
+            print(f"{name}: needs a GPU; rows that were measured on one stay\n", flush=True)
+            skipped.add(name)
+            continue
         print(f"{name}: {known[name]}", flush=True)
         start = time.perf_counter()
-        rows = import_module(f"qlib.bench.bench_{name}").measure(root)
+        rows = module.measure(root)
         done[name] = [asdict(row) | {"benchmark": name, "provenance": where} for row in rows]
         print(rows_text(done[name]), f"{name}: {time.perf_counter() - start:.0f} s\n", sep="\n", flush=True)
         write_atomic(target, json.dumps([row for one in known for row in done.get(one, [])], indent=1) + "\n")
     print(target)
-    return int(any(row["met"] is not True for name in only or known for row in done.get(name, [{"met": None}])))
+    asked = [name for name in only or known if name not in skipped]
+    return int(any(row["met"] is not True for name in asked for row in done.get(name, [{"met": None}])))
 
 
 def _read(target: Path) -> dict[str, list[dict]]:

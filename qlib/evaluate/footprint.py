@@ -31,7 +31,7 @@ Format = str | Mapping[str, Mapping[str, float]]
 BF16 = 2  # bytes
 KV_TOKENS = 16  # that a cache is filled with to see what it takes
 FORMAT = re.compile(
-    r"(?:bf16|int([234568])(?:-g([1-9]\d*))?(-z16)?(-a8)?|(fp8|fp8-tensor|mxfp4|nvfp4))(?:@([\d.]+)(?:/([\d.]+))?)?"
+    r"(?:bf16|int([234568])(?:-g([1-9]\d*))?(-z16)?(-a8)?|((?:fp8|fp8-tensor)(?:-a8)?|mxfp4|nvfp4))(?:@([\d.]+)(?:/([\d.]+))?)?"
 )
 
 
@@ -39,8 +39,8 @@ def _match(format: str) -> re.Match:
     match = FORMAT.fullmatch(format)
     if match is None:
         known = (
-            "bf16, int8, int4-g128 and the like (bits 2, 3, 4, 5, 6, 8), int8-a8, fp8, fp8-tensor, mxfp4, nvfp4, "
-            "and with what pruning keeps bf16@0.653"
+            "bf16, int8, int4-g128 and the like (bits 2, 3, 4, 5, 6, 8), int8-a8, fp8, fp8-tensor, fp8-a8, mxfp4, "
+            "nvfp4, and with what pruning keeps bf16@0.653"
         )
         raise UserError(f"format '{format}' is unknown; allowed: {known}")
     return match
@@ -54,9 +54,10 @@ def grid_of(format: str) -> Grid | None:
     """
     bits, group, real, dynamic, element, *_ = _match(format).groups()
     if element:
-        name, _, tensor = element.partition("-")
+        name, *more = element.split("-")
         one = ELEMENTS[name]
-        return Grid(one.bits, one.group_size or tensor or None, True, name)
+        size = one.group_size or ("tensor" if "tensor" in more else None)
+        return Grid(one.bits, size, True, name, "fp8" if "a8" in more else None)
     if bits is None:
         return None
     return Grid(int(bits), int(group) if group else None, bool(dynamic), "int", "int8" if dynamic else None, bool(real))

@@ -9,11 +9,12 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.evaluate import parts
+from qlib.evaluate.batches import linear_calls, time_batches
 from qlib.evaluate.fastest import PlainLinear, fastest_form
 from qlib.evaluate.footprint import grid_of, narrowed_shape
 from qlib.evaluate.roofline import ReadProbe, copies_needed, last_level_cache
 from qlib.evaluate.timing import exclusive, load_average, median_interval, time_rounds
-from qlib.evaluate.whole_model import BASELINE, NEW_TOKENS, PHASES, Rounds, linear_key, model_figures, model_floor
+from qlib.evaluate.whole_model import BASELINE, NEW_TOKENS, PHASES, Rounds, model_figures, model_floor
 from qlib.models.shapes import Shape, find_shape
 
 __all__ = ["time_formats"]
@@ -44,6 +45,7 @@ def time_formats(
     Returns:
         formats: format -> measurements of the whole model (layers x layer + head).
         layer, head: the rounds behind them in ms, warm-up, copies, and kernels by linear.
+        batches: see `time_batches`.
         baseline: which bf16 forms were compared, in which time, and which was chosen.
         floor: format -> least time of a decode step at the bandwidth measured in the same rounds, and the speed-up
             over a bf16 kernel that would run at its own floor.
@@ -82,7 +84,8 @@ def time_formats(
             format: model_figures(shape, counted, format, context_tokens, new_tokens, conditions, seed)
             for format in formats
         },
-        "layer": _plain(layer),
+        "layer": _plain({name: part for name, part in layer.items() if name != "batches"}),
+        "batches": layer["batches"],
         "head": _plain(head),
         "baseline": layer["baseline"],
         "floor": {format: model_floor(shape, counted, format, context_tokens) for format in formats},
@@ -122,26 +125,18 @@ def _time_layer(
             works = [parts.Workload(own, new, context, device, generator) for _ in range(copies)]
             calls[format] = [partial(work.run, layer) for work, layer in zip(works, layers[format])]
             if own is shape:  # a mix of formats is summed up linear by linear
-                calls |= _linear_calls(shape, format, layers[format], new, device, generator)
+                calls |= linear_calls(shape, format, layers[format], new, device, generator)
         probe = ReadProbe(device)
         timed = time_rounds(calls | {PROBE: [probe]}, rounds, device)
         kernels = {format: parts.kernels(layers[format][0], shape, new) for format in formats}
         result[phase] = {"timed": timed, "copies": copies, "kernels": kernels}
         if phase == "decode":
             result["bandwidth"] = probe.gigabytes_per_second(timed.rounds[PROBE])
+            timed = probe = calls = works = None  # or there would be no room for what comes
+            whole = {format: layers[format] for format in formats if narrowed_shape(shape, format) is shape}
+            result["batches"] = time_batches(shape, whole, device, generator)
         built = calls = works = None  # or the next phase needs memory for both
     return result
-
-
-def _linear_calls(
-    shape: Shape, format: str, layers: list[nn.Module], rows: int, device: torch.device, generator: torch.Generator
-) -> dict[str, list[Any]]:
-    """Calls of one linear of each size, as `linear_key` names them."""
-    calls = {}
-    for name in dict.fromkeys(parts.distinct_linears(shape).values()):
-        x = parts.random_tensor((1, rows, shape.linears[name][1]), device, generator, scale=1.0)
-        calls[linear_key(format, name)] = [partial(layer.get_submodule(name), x) for layer in layers]
-    return calls
 
 
 def _choose_forms(

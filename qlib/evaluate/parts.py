@@ -78,6 +78,8 @@ def build_layer(
         bias = None if linear.bias is None else random_tensor((size[0],), device, generator)
         begun = time.perf_counter()
         packed = form(weight, bias) if grid is None else pack(PlainLinear(weight, bias), _round(weight, grid))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds += time.perf_counter() - begun
         _replace(layer, name, packed)
         del weight  # before the next one is drawn
@@ -122,28 +124,32 @@ def build_head(shape: Shape, form: type[nn.Module], device: torch.device, genera
     return _Head(norm, [form(random_tensor((count, shape.hidden), device, generator)) for count in rows])
 
 
-def build_model(shape: Shape, format: str, form: type[nn.Module], generator: torch.Generator) -> nn.Module:
-    """A whole causal model of tied embedding and head on the CPU; in formats other than bf16 these two are int8.
+def build_model(
+    shape: Shape, format: str, form: type[nn.Module], generator: torch.Generator, device: torch.device = torch.device("cpu")
+) -> nn.Module:
+    """A whole causal model; in formats other than bf16 embedding and head, tied or not, are int8.
 
     Args:
         form: how bf16 linears, the head among them, are held; re-ordered ones do not share the embedding's memory.
     """
     from transformers import Qwen2ForCausalLM
 
-    config, device = layer_config(shape, shape.layers), torch.device("cpu")
+    config = layer_config(shape, shape.layers)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config).eval()
     first, _ = build_layer(shape, format, form, device, generator)
     model.model.layers = nn.ModuleList([first])
     add_copies(model.model.layers, shape.layers)
-    model.model.norm.weight = nn.Parameter(torch.ones(shape.hidden, dtype=torch.bfloat16), False)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its frequencies were on the meta device
+    model.model.norm.weight = nn.Parameter(torch.ones(shape.hidden, dtype=torch.bfloat16, device=device), False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(device)  # its frequencies were on "meta"
     weight = random_tensor((shape.vocab, shape.hidden), device, generator)
     if grid_of(format) is None:
         model.model.embed_tokens.weight, model.lm_head = nn.Parameter(weight, False), form(weight)
     else:
-        embedding = PackedEmbedding(_round(weight, Grid(8, symmetric=True)))
-        model.model.embed_tokens, model.lm_head = embedding, tied_head(embedding)
+        rounded = _round(weight, Grid(8, symmetric=True))
+        embedding = PackedEmbedding(rounded)
+        head = tied_head(embedding) if shape.tied else pack(PlainLinear(weight), rounded)
+        model.model.embed_tokens, model.lm_head = embedding, head
     return model
 
 
@@ -182,4 +188,8 @@ def head_bytes(shape: Shape) -> int:
 def kernels(layer: nn.Module, shape: Shape, rows: int) -> dict[str, str]:
     """Kernel that each linear of a layer runs for that many rows."""
     found = {name: layer.get_submodule(name) for name in shape.linears}
-    return {name: one.kernel(rows) if isinstance(one, PackedLinear) else type(one).name for name, one in found.items()}
+    return {name: one.kernel(rows) if isinstance(one, PackedLinear) else _form(one) for name, one in found.items()}
+
+
+def _form(linear: nn.Module) -> str:
+    return getattr(type(linear), "name", type(linear).__name__)

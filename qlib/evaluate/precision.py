@@ -73,7 +73,7 @@ def _packed(layers) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
 def _dequantized(layer: PackedLinear, held: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         if layer.grid.activations:
-            codes, scales = round_tokens(x)
+            codes, scales = round_tokens(x, layer.grid.activations)
             x = (codes * scales).to(x.dtype)
         weight = layer.compressed().dequantize() if held is None else held
         return product(x, weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))

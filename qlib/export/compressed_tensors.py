@@ -83,7 +83,8 @@ def _group(grid: Grid, targets: list[str]) -> dict[str, Any]:
         "group_size": grid.group_size if isinstance(grid.group_size, int) else None,
         "dynamic": False,
     }
-    token = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    type = "int" if grid.activations == "int8" else "float"
+    token = {"num_bits": 8, "type": type, "symmetric": True, "strategy": "token", "dynamic": True}
     return {
         "targets": targets,
         "weights": weights,

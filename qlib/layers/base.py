@@ -4,13 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlib.layers import native
+from qlib.layers import native_blocks
+from qlib.quantize.formats import ELEMENTS
 from qlib.quantize.grid import CompressedWeight, Grid
 
 __all__ = ["PackedLinear", "channels_at_once", "hold_bits", "round_tokens", "SCRATCH_BYTES"]
 
-#: What a layer may use for weights it has dequantized at one time; they are never kept.
-SCRATCH_BYTES = 8 * 2**20
+#: What a layer may use for weights it has dequantized at one time, on a CPU and elsewhere; they are never kept.
+SCRATCH_BYTES, GPU_SCRATCH_BYTES = 8 * 2**20, 512 * 2**20
 
 
 class PackedLinear(nn.Module):
@@ -40,7 +41,7 @@ class PackedLinear(nn.Module):
         if x.dtype != torch.bfloat16 or (torch.is_grad_enabled() and x.requires_grad):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             if self.grid.activations:
-                codes, scales = round_tokens(x.detach())
+                codes, scales = round_tokens(x.detach(), self.grid.activations)
                 x = x + (codes * scales - x).detach().to(x.dtype)  # gradients pass as if nothing had been rounded
             return F.linear(x, self.compressed().dequantize().to(x.dtype), bias)
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
@@ -63,8 +64,8 @@ class PackedLinear(nn.Module):
         """Dequantize a few output channels at a time, multiply `x [rows, in]` with them -> `[rows, out]`."""
         raise NotImplementedError
 
-    def row_kernel(self) -> native.RowKernel | None:
-        """What multiplies one row inside `native.Blocks`, without the bias; None: only this layer itself can."""
+    def row_kernel(self) -> native_blocks.RowKernel | None:
+        """What multiplies one row inside `native_blocks.Blocks`, without the bias; None: only this layer itself can."""
         return None
 
     def kernel(self, rows: int) -> str:
@@ -80,20 +81,25 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.grid.name}"
 
 
-def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round each token of `x [..., in]` to whole numbers of its largest magnitude / 127, ties to even.
+def round_tokens(x: torch.Tensor, element: str = "int8") -> tuple[torch.Tensor, torch.Tensor]:
+    """Round each token of `x [..., in]`, ties to even.
+
+    Args:
+        element: "int8": to whole numbers of its largest magnitude / 127; "fp8": to e4m3 numbers of its largest / 448.
 
     Returns:
-        fp32 codes `[..., in]`, from -127 to 127, and fp32 scales `[..., 1]`.
+        fp32 codes `[..., in]`, whole numbers from -127 to 127 or e4m3 numbers, and fp32 scales `[..., 1]`.
     """
-    scales = x.abs().amax(-1, keepdim=True).float() / 127
+    scales = x.abs().amax(-1, keepdim=True).float() / (127 if element == "int8" else ELEMENTS["fp8"].largest)
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-    return (x.float() / scales).round(), scales
+    codes = x.float() / scales
+    return codes.round() if element == "int8" else codes.to(torch.float8_e4m3fn).float(), scales
 
 
-def channels_at_once(in_features: int) -> int:
+def channels_at_once(in_features: int, device: torch.device = torch.device("cpu")) -> int:
     """Output channels whose bf16 weights fit into the scratch memory, a multiple of 64 for the sake of the matmul."""
-    return max(1, SCRATCH_BYTES // (2 * 64 * in_features)) * 64
+    room = SCRATCH_BYTES if device.type == "cpu" else GPU_SCRATCH_BYTES
+    return max(1, room // (2 * 64 * in_features)) * 64
 
 
 def hold_bits(tensor: torch.Tensor) -> torch.Tensor:

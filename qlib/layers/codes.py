@@ -28,7 +28,7 @@ class CodesLinear(PackedLinear):
         compressed = self.compressed()
         scales, zeros = scale_values(compressed.scales, compressed.tensor_scale), compressed.zeros.float()
         out = x.new_empty(len(x), self.out_features)
-        step = channels_at_once(self.in_features)
+        step = channels_at_once(self.in_features, x.device)
         for start in range(0, self.out_features, step):
             part = slice(start, start + step)
             codes = compressed.codes[part].view(-1, scales.shape[1], self.in_features // scales.shape[1])

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.layers import native
+from qlib.layers import native, native_blocks
+from qlib.layers.graphs import recorded
 from qlib.layers.base import PackedLinear
 from qlib.models.families import blocks_of, family_of
 
@@ -35,16 +36,18 @@ def rotary_tables(rotary: nn.Module, tokens: int, like: torch.Tensor) -> tuple[t
 
 
 def run_block(
-    block: nn.Module, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: Cache, start: int
+    block: nn.Module, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cache: Cache, start: int | torch.Tensor
 ) -> torch.Tensor:
     """A decoder block on `x [tokens, hidden]`, of which the cache holds the `start` tokens before.
 
-    Several tokens at once must be the first ones. `rotary`: cosines and sines of the tokens, `[tokens, 1, dim]`.
+    Several tokens at once must be the first ones. For a single one, `start` may be a tensor `[1]`, which is not looked at
+    from Python. `rotary`: cosines and sines of the tokens, `[tokens, 1, dim]`.
     """
     attention, mlp = block.self_attn, block.mlp
     normed = _norm(block.input_layernorm, x)
     q, k, v = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
     attend = native.attend if len(x) == 1 and _is_short_work(x, cache.keys.shape[-1]) else _attend
+    attend = _attend_anywhere if isinstance(start, torch.Tensor) else attend
     x = x + attention.o_proj(attend(q, k, v, rotary, cache.keys, cache.values, start))
     normed = _norm(block.post_attention_layernorm, x)
     return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)).mul_(mlp.up_proj(normed)))
@@ -67,8 +70,7 @@ def _attend(
 ) -> torch.Tensor:  # fmt: skip
     """`native.attend` with torch's operators, for any number of tokens."""
     (kv_heads, _, dim), tokens = keys.shape, len(q)
-    both = torch.cat([q, k], dim=-1).view(tokens, -1, dim)
-    both = torch.addcmul(both * rotary[0], both.roll(dim // 2, -1), rotary[1])
+    both = _turn(torch.cat([q, k], dim=-1).view(tokens, -1, dim), rotary)
     queries, end = both[:, :-kv_heads], used + tokens
     keys[:, used:end] = both[:, -kv_heads:].transpose(0, 1)
     values[:, used:end] = v.view(tokens, kv_heads, dim).transpose(0, 1)
@@ -79,6 +81,24 @@ def _attend(
         queries = queries.transpose(0, 1)[None]
         mixed = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True).transpose(1, 2)
     return mixed.reshape(tokens, -1)
+
+
+def _attend_anywhere(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor],
+    keys: torch.Tensor, values: torch.Tensor, used: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """`_attend` of one token whose place only the device knows: all of the cache is read, and what is not used masked."""
+    kv_heads, room, dim = keys.shape
+    both = _turn(torch.cat([q, k], dim=-1).view(1, -1, dim), rotary)
+    keys.index_copy_(1, used, both[:, -kv_heads:].transpose(0, 1))
+    values.index_copy_(1, used, v.view(1, kv_heads, dim).transpose(0, 1))
+    queries = both[:, :-kv_heads].reshape(1, kv_heads, -1, dim)
+    seen = (torch.arange(room, device=used.device) <= used).expand(1, kv_heads, queries.shape[2], room)
+    return F.scaled_dot_product_attention(queries, keys[None], values[None], attn_mask=seen).reshape(1, -1)
+
+
+def _turn(heads: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return torch.addcmul(heads * rotary[0], heads.roll(heads.shape[-1] // 2, -1), rotary[1])
 
 
 class Decoder:
@@ -100,9 +120,10 @@ class Decoder:
         dim = self.blocks[0].self_attn.head_dim
         self.rotary = rotary_tables(model.model.rotary_emb, tokens, self.norm.weight)
         self.caches = [Cache(config.num_key_value_heads, tokens, dim, self.norm.weight) for _ in self.blocks]
-        self.used, self.own = 0, self._own_blocks()
+        self.used, self.own, self.graph = 0, self._own_blocks(), None
+        self.place, self.id = torch.zeros(2, 1, dtype=torch.long, device=self.norm.weight.device)  # of a token in a graph
 
-    def _own_blocks(self) -> native.Blocks | None:
+    def _own_blocks(self) -> native_blocks.Blocks | None:
         """All blocks as one call, if kernels of our own take every part of them."""
         found, epsilons, widths = [], set(), {len(self.norm.weight)}
         for block, cache in zip(self.blocks, self.caches):
@@ -118,14 +139,16 @@ class Decoder:
             biases = [linear.bias for linear in linears]
             found.append((list(zip(kernels, biases)), [norm.weight for norm in norms], [cache.keys, cache.values]))
         short = all(_is_short_work(self.norm.weight, width) for width in widths)
-        return native.Blocks(found, *epsilons) if short and len(epsilons) == 1 else None
+        return native_blocks.Blocks(found, *epsilons) if short and len(epsilons) == 1 else None
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits `[vocab]` after token ids `[tokens]`, which follow on those of earlier calls.
 
-        Several tokens at once are allowed in the first call only.
+        Several tokens at once are allowed in the first call only. On a GPU, single tokens replay a graph.
         """
+        if ids.is_cuda and len(ids) == 1:
+            return self._replay(ids)
         cos, sin = (table[self.used : self.used + len(ids)] for table in self.rotary)
         x = self.embedding(ids)
         if self.own and len(ids) == 1:
@@ -135,6 +158,21 @@ class Decoder:
                 x = run_block(block, x, (cos, sin), cache, self.used)
         self.used += len(ids)
         return self.head(_norm(self.norm, x[-1:]))[0]
+
+    def _replay(self, ids: torch.Tensor) -> torch.Tensor:
+        self.place.fill_(self.used)
+        self.id.copy_(ids)
+        self.used += 1
+        if self.graph is None:  # recording runs the step: it must be the one that is due
+            self.graph = recorded(self._step)
+        return self.graph().clone()
+
+    def _step(self) -> torch.Tensor:
+        """Logits after the token `id` at `place`, without a look at either."""
+        x, rotary = self.embedding(self.id), tuple(table[self.place] for table in self.rotary)
+        for block, cache in zip(self.blocks, self.caches):
+            x = run_block(block, x, rotary, cache, self.place)
+        return self.head(_norm(self.norm, x))[0]
 
     def rewind(self, tokens: int = 0) -> None:
         """Forget all but the first `tokens` tokens."""

@@ -1,11 +1,12 @@
-"""Up to 4 bits in groups, on our kernel and torch's packed int4 kernels for CPU and CUDA."""
+"""Up to 4 bits in groups, on our kernels and torch's packed int4 kernels for CPU and CUDA."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.layers import int4_blocks, native
-from qlib.layers.base import PackedLinear, hold_bits
+from qlib.layers import gpu, int4_blocks, native, native_blocks
+from qlib.layers.base import PackedLinear, channels_at_once, hold_bits
 from qlib.quantize.grid import CompressedWeight, Grid
 
 __all__ = ["Int4Linear", "GROUPS"]
@@ -29,6 +30,8 @@ class Int4Linear(PackedLinear):
     #: Measured on CPUs: for more rows dequantizing to bf16 and multiplying is faster, with our own kernel, on tile
     #: registers, or without either.
     packed_rows, packed_rows_tiled, packed_rows_without = 24, 7, 64
+    #: The same of our kernel on a GPU.
+    packed_rows_gpu = 64
 
     def __init__(self, compressed: CompressedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__(compressed.grid, tuple(compressed.codes.shape), bias)
@@ -50,7 +53,7 @@ class Int4Linear(PackedLinear):
         elif not torch.equal(self._zero_codes(scales, zeros), compressed.zeros.t()):
             raise UserError("int4: a scale is so small or so large that bf16 cannot hold the zero beside it")
         both = torch.stack([scales, zeros], dim=-1).repeat_interleave(repeat, dim=0)
-        self.register_buffer("packed", _pack(compressed.codes + (MIDDLE - self.grid.levels // 2)))
+        self.register_buffer("packed", _pack(compressed.codes + (MIDDLE - self.grid.levels // 2), self.in_features // len(both)))
         self.register_buffer("scale_bits", hold_bits(both))  # bf16 [kernel groups, out, 2]
         self.register_buffer("zero_bits", kept)  # bf16 [out, groups], of real zeros
 
@@ -67,30 +70,49 @@ class Int4Linear(PackedLinear):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self._has_own_kernel(x.shape[0]):
             return native.int4_row(x, self.packed, self._scales_and_zeros(), self.bias)
+        if self._is_words():
+            return gpu.kernels().multiply_int4(x, self.packed, self._scales_and_zeros(), self.bias)
         group = self.in_features // len(self.scale_bits)
         out = _kernel_of(x)(x.contiguous(), self.packed, group, self._scales_and_zeros())
         return out if self.bias is None else out.add_(self.bias)
 
     def expand_multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return int4_blocks.expand_multiply(x, self.packed, self._scales_and_zeros(), self.bias)
+        if not self._is_words():
+            return int4_blocks.expand_multiply(x, self.packed, self._scales_and_zeros(), self.bias)
+        out, step = x.new_empty(len(x), self.out_features), channels_at_once(self.in_features, x.device)
+        scratch = x.new_empty(min(step, self.out_features), self.in_features)
+        for start in range(0, self.out_features, step):
+            part = slice(start, min(start + step, self.out_features))
+            weight = scratch[: part.stop - start]
+            gpu.kernels().expand_int4(self.packed, self._scales_and_zeros(), start, weight)
+            out[:, part] = F.linear(x, weight, None if self.bias is None else self.bias[part])
+        return out
 
     def runs_packed(self, rows: int) -> bool:
+        if self._is_words():
+            return rows <= self.packed_rows_gpu
         if rows == 1 or self.packed.device.type != "cpu" or int4_blocks.block_rows() is None:
             return True
         if int4_blocks.multiplies_natively():
             return rows <= self.packed_rows_tiled
         return rows <= (self.packed_rows if int4_blocks.expands_natively() else self.packed_rows_without)
 
-    def row_kernel(self) -> native.RowKernel | None:
+    def row_kernel(self) -> native_blocks.RowKernel | None:
         if not self._has_own_kernel(1):
             return None
         shape, group = (self.out_features, self.in_features), self.in_features // len(self.scale_bits)
-        return native.RowKernel("int4_row", shape, group, self.packed, self._scales_and_zeros())
+        return native_blocks.RowKernel("int4_row", shape, group, self.packed, self._scales_and_zeros())
 
     def _has_own_kernel(self, rows: int) -> bool:
         return rows == 1 and int4_blocks.block_rows() == 64 and native.takes(self.packed.device, self.out_features, 64)
 
+    def _is_words(self) -> bool:
+        """Whether codes are in the order of our kernels on a GPU."""
+        return self.packed.is_cuda and self.packed.dim() == 2
+
     def kernel(self, rows: int) -> str:
+        if self._is_words():
+            return "packed int4 (own Triton kernel)" if self.runs_packed(rows) else "int4 to bf16 (own Triton kernel), then matmul"
         if self._has_own_kernel(rows):
             return "packed int4 (own kernel)"
         if not self.runs_packed(rows):
@@ -116,6 +138,8 @@ class Int4Linear(PackedLinear):
         """
         if self.packed.device.type == "cpu" and int4_blocks.block_rows() is not None:
             return int4_blocks.unpack(self.packed)
+        if self._is_words():
+            return gpu.kernels().unpack_int4(self.packed, self.in_features // len(self.scale_bits))
         neutral = torch.zeros_like(self._scales_and_zeros())
         neutral[..., 0] = 1
         columns = []
@@ -155,10 +179,12 @@ def _kernel_of(x: torch.Tensor):
     return ops._weight_int4pack_mm_for_cpu if x.device.type == "cpu" else ops._weight_int4pack_mm
 
 
-def _pack(codes: torch.Tensor) -> torch.Tensor:
+def _pack(codes: torch.Tensor, group: int) -> torch.Tensor:
     """Order codes `[out, in]` as the kernel of their device reads them."""
     if codes.device.type == "cpu":
         return int4_blocks.pack(codes)
+    if codes.is_cuda and gpu.kernels() and gpu.kernels().slice_of(codes.shape[1], group):
+        return gpu.kernels().pack_int4(codes, group)
     pairs = codes[:, ::2] << 4 | codes[:, 1::2]  # [out, in / 2]
     tiles = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
     return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)

@@ -1,10 +1,10 @@
-"""8 bits, on our kernel or torch's weight-only one, and W8A8, where the activations are rounded as well."""
+"""8 bits, on our kernels or torch's weight-only one, and W8A8, where the activations are rounded as well."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlib.layers import int8_tiles, native
+from qlib.layers import gpu, int8_tiles, native, native_blocks
 from qlib.layers.base import PackedLinear, channels_at_once, hold_bits, round_tokens
 from qlib.quantize.grid import CompressedWeight, Grid
 
@@ -22,7 +22,7 @@ class Int8Linear(PackedLinear):
     """
 
     #: Measured on a CPU: from about 20 rows on, converting codes to bf16 and multiplying is faster.
-    packed_rows = 20
+    packed_rows, packed_rows_gpu = 20, 64
     own_kernel = "int8_rows"
 
     def __init__(self, compressed: CompressedWeight, bias: nn.Parameter | None = None) -> None:
@@ -62,6 +62,8 @@ class Int8Linear(PackedLinear):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self._has_own_kernel():
             return native.int8_rows(x, self.codes, self._scales, self._offsets, self.bias)
+        if x.is_cuda and gpu.kernels():
+            return gpu.kernels().multiply_int8(x, self.codes, self._scales, self._offsets, self.bias)
         out = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.codes, self._scales[:, 0])
         if self._offsets is not None:
             sums = x.sum(-1, keepdim=True, dtype=torch.float32)
@@ -72,7 +74,7 @@ class Int8Linear(PackedLinear):
         scales, offsets, groups = self._scales.float(), self._offsets, self._scales.shape[1]
         sums = None if offsets is None else x.unflatten(1, (groups, -1)).sum(-1, dtype=torch.float32)  # [rows, groups]
         out = x.new_empty(len(x), self.out_features)
-        step = channels_at_once(self.in_features)
+        step = channels_at_once(self.in_features, x.device)
         scratch = x.new_empty(min(step, self.out_features), self.in_features)
         for start in range(0, self.out_features, step):
             part = slice(start, min(start + step, self.out_features))
@@ -80,6 +82,8 @@ class Int8Linear(PackedLinear):
             if self._has_own_kernel():
                 tiles = self.codes[start // int8_tiles.CHANNELS : part.stop // int8_tiles.CHANNELS].transpose(1, 2)
                 weight.view(tiles.shape).copy_(tiles)
+            elif x.is_cuda and gpu.kernels():
+                gpu.kernels().widen(self.codes[part], weight)
             else:
                 weight.copy_(self.codes[part])
             if groups > 1:
@@ -93,19 +97,23 @@ class Int8Linear(PackedLinear):
         return out
 
     def runs_packed(self, rows: int) -> bool:
+        if self.codes.is_cuda and gpu.kernels():
+            return rows <= self.packed_rows_gpu
         return super().runs_packed(rows) and (self._has_own_kernel() or self._has_torch_kernel())
 
-    def row_kernel(self) -> native.RowKernel | None:
+    def row_kernel(self) -> native_blocks.RowKernel | None:
         if not self._has_own_kernel():
             return None
         shape, group = (self.out_features, self.in_features), self.in_features // self._scales.shape[1]
-        return native.RowKernel(self.own_kernel, shape, group, self.codes, self._scales, self._offsets)
+        return native_blocks.RowKernel(self.own_kernel, shape, group, self.codes, self._scales, self._offsets)
 
     def kernel(self, rows: int) -> str:
         if not self.runs_packed(rows):
             return "int8 codes to bf16, then matmul"
         if self._has_own_kernel():
             return "int8 weight-only (own kernel)"
+        if self.codes.is_cuda and gpu.kernels():
+            return "int8 weight-only (own Triton kernel)"
         return f"int8 weight-only (torch _weight_int8pack_mm; no kernel of our own: {native.missing()})"
 
     def _own_kernel_fits(self) -> bool:
@@ -140,7 +148,7 @@ class Int8DynamicLinear(Int8Linear):
     channel.
     """
 
-    packed_rows = 2**31  # however many rows: int8 products are the fastest there are
+    packed_rows = packed_rows_gpu = 2**31  # however many rows: int8 products are the fastest there are
     own_kernel = "int8_dot"
 
     @staticmethod
@@ -151,7 +159,7 @@ class Int8DynamicLinear(Int8Linear):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self._has_own_kernel():
             return native.int8_dot(x, self.codes, self._scales, self.bias)
-        codes, scales = round_tokens(x)
+        codes, scales = gpu.round_tokens(x, "int8") if x.is_cuda else round_tokens(x)
         filled = F.pad(codes.to(torch.int8), (0, 0, 0, -len(x) % 32))  # CUDA wants more than 16 rows
         sums = torch._int_mm(filled if x.is_cuda else filled[: len(x)], self.codes.t())[: len(x)]
         out = sums.float().mul_(scales).mul_(self._scales[:, 0])
@@ -165,7 +173,8 @@ class Int8DynamicLinear(Int8Linear):
         if not self.runs_packed(rows):
             return "activations rounded to int8, int8 codes to bf16, then matmul"
         if not self._has_own_kernel():
-            return f"int8 x int8 (torch _int_mm; no kernel of our own: {native.missing()})"
+            why = "" if self.codes.is_cuda else f"; no kernel of our own: {native.missing()}"
+            return f"int8 x int8 (torch _int_mm{why})"
         return f"int8 x int8 ({'AMX, ' if native.tiled(rows, self.out_features) else ''}own kernel)"
 
     def _has_torch_kernel(self) -> bool:

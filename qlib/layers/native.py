@@ -1,83 +1,16 @@
-"""Our own CPU kernels (kernels.c, amx.c): built once with the machine's C compiler, and torch operators around them.
-
-Where there is no compiler, or a processor without the instructions they use, `missing` says so and the layers run
-torch's own operators: slower, never different in what they compute. QLIB_NATIVE=0 asks for that.
-"""
-
-import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+"""torch operators around our own CPU kernels."""
 
 import torch
 
-from qlib.paths import cache_folder
+from qlib.layers.build import call, has_amx, missing
 
 __all__ = [
     "missing", "takes", "has_amx", "tiled", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "int4_multiply",
-    "rms_norm", "attend", "causal_softmax",
-    "causal_softmax_backward", "round_columns", "RowKernel", "Blocks",
+    "rms_norm", "attend", "causal_softmax", "causal_softmax_backward", "round_columns",
 ]  # fmt: skip
 
-SOURCES = [Path(__file__).with_name(name) for name in ("kernels.c", "amx.c")]
-#: Contracting a product and a sum would make numbers depend on the compiler.
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-BUILD_SECONDS = 120
 #: Rows from which tile registers are worth filling, and the channels that they take at a time.
 TILED_ROWS, TILED_CHANNELS = 8, 32
-#: What every function takes: pointers, counts, a float; the number of threads comes last.
-ARGUMENTS = {
-    "quantize_rows": "ppppnn", "int8_dot": "pppppppnnn", "int8_rows": "ppppppnnnn", "int4_row": "pppppnnn",
-    "int4_expand": "pppnnnnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
-    "round_columns": "pppppppnnn", "causal_softmax": "pnnnn", "causal_softmax_backward": "ppnnnn", "amx_ready": "", "int8_tiles": "ppppppnnn",
-    "int4_tiles": "ppppnnnnn",
-}  # fmt: skip
-TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
-
-
-@lru_cache(maxsize=None)
-def _build() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason in a few words."""
-    if os.environ.get("QLIB_NATIVE") == "0":
-        return None, "QLIB_NATIVE=0"
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        return None, "no C compiler"
-    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    key = hashlib.sha256("\n".join([*(one.read_text() for one in SOURCES), compiler, *FLAGS, flags]).encode()).hexdigest()[:16]
-    path = cache_folder() / "kernels" / f"{key}.so"
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            command = [compiler, *FLAGS, *map(str, SOURCES), "-o", f"{folder}/kernels.so", "-lm"]
-            try:
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-            except (subprocess.SubprocessError, OSError) as error:
-                lines = (getattr(error, "stderr", None) or str(error)).splitlines()
-                return None, next((line for line in lines if "error" in line), lines[0])
-            os.replace(f"{folder}/kernels.so", path)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return None, str(error)
-    for name, letters in ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = [*(TYPES[letter] for letter in letters), ctypes.c_int], None
-    library.amx_ready.restype = ctypes.c_int
-    return library, ""
-
-
-def missing() -> str:
-    """Why there are no kernels of our own here; empty if there are."""
-    return _build()[1]
-
-
-missing._dynamo_marked_constant = True  # torch.compile takes its answer, and does not look inside
 
 
 def takes(device: torch.device, channels: int, multiple: int) -> bool:
@@ -85,24 +18,9 @@ def takes(device: torch.device, channels: int, multiple: int) -> bool:
     return device.type == "cpu" and channels % multiple == 0 and not missing()
 
 
-def has_amx() -> bool:
-    """Whether products of many rows run on the tile registers of this processor."""
-    return not missing() and _may_use_tiles()
-
-
-@lru_cache(maxsize=None)
-def _may_use_tiles() -> bool:
-    return bool(_call("amx_ready"))
-
-
 def tiled(rows: int, channels: int) -> bool:
     """Whether `int8_dot` of this size runs on tile registers."""
     return rows >= TILED_ROWS and channels % TILED_CHANNELS == 0 and has_amx()
-
-
-def _call(name: str, *arguments: torch.Tensor | float | None) -> int:
-    values = [one if one is None or isinstance(one, (int, float)) else one.data_ptr() for one in arguments]
-    return getattr(_build()[0], name)(*values, torch.get_num_threads())
 
 
 def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +32,7 @@ def round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     x = x.contiguous()
     codes, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
     sums = x.new_empty(len(x), dtype=torch.int32)
-    _call("quantize_rows", x, codes, scales, sums, *x.shape)
+    call("quantize_rows", x, codes, scales, sums, *x.shape)
     return codes, scales, sums
 
 
@@ -124,9 +42,9 @@ def _int8_dot(
     """Product of bf16 `x [rows, in]`, rounded to 8 bits row by row, and int8 codes, in tiles (int8_tiles.py)."""
     out, (rounded, row_scales, sums) = x.new_empty(x.shape[0], len(scales)), round_rows(x)
     if tiled(len(x), len(scales)):
-        _call("int8_tiles", rounded, row_scales, codes, scales, bias, out, *x.shape, len(scales))
+        call("int8_tiles", rounded, row_scales, codes, scales, bias, out, *x.shape, len(scales))
     else:
-        _call("int8_dot", rounded, row_scales, sums, codes, scales, bias, out, *x.shape, len(scales))
+        call("int8_dot", rounded, row_scales, sums, codes, scales, bias, out, *x.shape, len(scales))
     return out
 
 
@@ -143,7 +61,7 @@ def _int8_rows(
         codes: int8, in tiles (int8_tiles.py). scales: bf16, offsets: fp32 `[out, groups]`. A group is a multiple of 32.
     """
     out, (channels, groups) = x.new_empty(x.shape[0], len(scales)), scales.shape
-    _call("int8_rows", x.contiguous(), codes, scales, offsets, bias, out, *x.shape, x.shape[1] // groups, channels)
+    call("int8_rows", x.contiguous(), codes, scales, offsets, bias, out, *x.shape, x.shape[1] // groups, channels)
     return out
 
 
@@ -158,7 +76,7 @@ def _int4_row(
     channels, width = packed.shape[0], x.shape[1]
     out = x.new_empty(1, channels)
     group = width // scales_zeros.shape[0]
-    _call("int4_row", x.contiguous(), packed, scales_zeros, bias, out, width, group, channels)
+    call("int4_row", x.contiguous(), packed, scales_zeros, bias, out, width, group, channels)
     return out
 
 
@@ -172,13 +90,13 @@ def int4_expand(
     in_features = 2 * packed.shape[1]
     group = in_features // len(scales_zeros)
     part = (first, channels // 64, 0, in_features)
-    _call("int4_expand", packed, scales_zeros, out, in_features, group, len(packed), *part, wide)
+    call("int4_expand", packed, scales_zeros, out, in_features, group, len(packed), *part, wide)
 
 
 def int4_multiply(x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Tensor, out: torch.Tensor) -> None:
     """Product of bf16 `x [rows, in]` and int4 as for `int4_row`, into the first columns of `out`; needs `has_amx`."""
     group = x.shape[1] // len(scales_zeros)
-    _call("int4_tiles", x.contiguous(), packed, scales_zeros, out, *x.shape, group, len(packed), out.stride(0))
+    call("int4_tiles", x.contiguous(), packed, scales_zeros, out, *x.shape, group, len(packed), out.stride(0))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -187,7 +105,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     The width is a multiple of 16.
     """
     out = torch.empty_like(x)
-    _call("rms_norm", x, weight, out, epsilon, *x.shape)
+    call("rms_norm", x, weight, out, epsilon, *x.shape)
     return out
 
 
@@ -203,7 +121,7 @@ def attend(
         keys, values: the cache, bf16 `[kv_heads, capacity, dim]`; written to.
     """
     out, (kv_heads, capacity, dim) = torch.empty_like(q), keys.shape
-    _call("attend", q, k, v, *rotary, keys, values, out, q.shape[1] // dim, kv_heads, dim, capacity, used)
+    call("attend", q, k, v, *rotary, keys, values, out, q.shape[1] // dim, kv_heads, dim, capacity, used)
     return out
 
 
@@ -212,74 +130,13 @@ def causal_softmax(scores: torch.Tensor, first: int, piece: int) -> None:
 
     Row r of the last but one axis sees the first `first + r % piece + 1` keys, all others get weight 0.
     """
-    _call("causal_softmax", scores, scores.numel() // scores.shape[-1], scores.shape[-1], first, piece)
+    call("causal_softmax", scores, scores.numel() // scores.shape[-1], scores.shape[-1], first, piece)
 
 
 def causal_softmax_backward(weights: torch.Tensor, gradients: torch.Tensor, first: int, piece: int) -> None:
     """Turn the gradients of what `causal_softmax` made into those of its scores, in place; both bf16 `[..., keys]`."""
     keys = weights.shape[-1]
-    _call("causal_softmax_backward", weights, gradients, weights.numel() // keys, keys, first, piece)
-
-
-@dataclass(frozen=True)
-class RowKernel:
-    """What multiplies one row with a packed linear `[out, in]`: the kernel (see `KINDS`), its group, codes, scales, offsets."""
-
-    kind: str
-    shape: tuple[int, int]
-    group: int
-    codes: torch.Tensor
-    scales: torch.Tensor
-    offsets: torch.Tensor | None = None
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_long) for name in ("kind", "in_", "channels", "group")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("codes", "scales", "bias", "offsets")]
-
-
-class _Block(ctypes.Structure):
-    _fields_ = [(name, _Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("first_norm", "second_norm", "keys", "values")]
-    _fields_ += [(name, ctypes.c_long) for name in ("heads", "kv_heads", "dim", "capacity")]
-    _fields_ += [("epsilon", ctypes.c_float)]
-
-
-#: The numbers that kernels.c knows the kernels of one row by.
-KINDS = {"int4_row": 0, "int8_rows": 1, "int8_dot": 2}
-
-
-class Blocks:
-    """Decoder blocks that run as one call for one token; their weights are taken as they are now.
-
-    Args:
-        blocks: of each the linears q, k, v, o, gate, up and down (kernel, bias), its two norms (the same epsilon), and
-            the cache, keys and values bf16 `[kv_heads, capacity, dim]`. Widths and dim are multiples of 16.
-    """
-
-    def __init__(
-        self,
-        blocks: list[tuple[list[tuple[RowKernel, torch.Tensor | None]], list[torch.Tensor], list[torch.Tensor]]],
-        epsilon: float,
-    ) -> None:
-        self.held = blocks  # the addresses below are theirs
-        self.structures = (_Block * len(blocks))()
-        for structure, (linears, norms, (keys, values)) in zip(self.structures, blocks):
-            for (name, _), (kernel, bias) in zip(_Block._fields_, linears):
-                channels, width = kernel.shape
-                tensors = (kernel.codes, kernel.scales, bias, kernel.offsets)
-                addresses = (None if one is None else one.data_ptr() for one in tensors)
-                setattr(structure, name, _Linear(KINDS[kernel.kind], width, channels, kernel.group, *addresses))
-            structure.first_norm, structure.second_norm = (norm.data_ptr() for norm in norms)
-            structure.keys, structure.values = keys.data_ptr(), values.data_ptr()
-            structure.kv_heads, structure.capacity, structure.dim = keys.shape
-            structure.heads, structure.epsilon = structure.o.in_ // structure.dim, epsilon
-
-    def __call__(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], used: int) -> torch.Tensor:
-        """bf16 `x [1, hidden]` behind all blocks. `rotary`, `used`: see `attend`."""
-        x = x.clone()
-        _call("decode", ctypes.addressof(self.structures), x, *rotary, len(self.structures), used)
-        return x
+    call("causal_softmax_backward", weights, gradients, weights.numel() // keys, keys, first, piece)
 
 
 def round_columns(
@@ -300,7 +157,7 @@ def round_columns(
         scales, zeros: fp32 `[all groups, out]`. groups: int64 `[columns]`. kept: bool `[columns, out]`, or None.
     """
     upper = upper.contiguous()
-    _call("round_columns", moved, errors, upper, scales, zeros, groups, kept, *moved.shape, levels)
+    call("round_columns", moved, errors, upper, scales, zeros, groups, kept, *moved.shape, levels)
 
 
 def _operator(name: str, schema: str, function, channels) -> torch._ops.OpOverload:

@@ -5,6 +5,7 @@ from torch import nn
 from qlib.errors import UserError
 from qlib.layers.base import PackedLinear
 from qlib.layers.codes import CodesLinear
+from qlib.layers.fp8 import Fp8DynamicLinear
 from qlib.layers.int4 import Int4Linear
 from qlib.layers.int8 import Int8DynamicLinear, Int8Linear
 from qlib.quantize.grid import CompressedWeight, Grid
@@ -15,7 +16,7 @@ __all__ = ["pack", "packed_layers", "layer_class", "resident_bytes"]
 def layer_class(grid: Grid, out_features: int, in_features: int) -> type[PackedLinear]:
     """The layer for weights of this grid and shape.
 
-    A kernel where there is one: W8A8; integers of 5 to 8 bits as bytes; of 2 to 4 bits as int4, with output channels in
+    A kernel where there is one: W8A8; fp8 with fp8 activations; integers of 5 to 8 bits as bytes; of 2 to 4 bits as int4, with output channels in
     multiples of 16 and groups in multiples of 32. All others keep their codes at their true size and are dequantized
     for every call.
     """
@@ -23,6 +24,8 @@ def layer_class(grid: Grid, out_features: int, in_features: int) -> type[PackedL
         return Int8DynamicLinear
     if Int8Linear.fits(grid, in_features):
         return Int8Linear
+    if Fp8DynamicLinear.fits(grid):
+        return Fp8DynamicLinear
     return Int4Linear if Int4Linear.fits(grid, out_features, in_features) else CodesLinear
 
 

@@ -21,7 +21,7 @@ WITHOUT_RECIPE = ("baseline", "speed", "training")
 WITH_FORMATS = ("speed", "training")
 #: What the family "training" may name as formats.
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-TIERS = ("smoke", "core", "full")
+TIERS = ("smoke", "core", "full", "gpu")
 #: The pass that an outside tool does, and the family of strategies that consist of it.
 TOOL = "tool"
 
@@ -106,7 +106,7 @@ class Strategy:
         name: unique; also the name of its folder.
         title: what the report calls it.
         family: decides which measurements the record must hold.
-        tier: how often it runs: smoke (every change), core (make report), full (make report-full).
+        tier: how often it runs: smoke (every change), core (make report), full (make report-full), gpu (only if asked for).
         notebook: file in notebooks/ that is executed.
         model: "reference-2", a folder, a hub id, or for the speed family the name of a shape.
         recipe: the passes in order, each {pass: NAME, option: value, ...}.

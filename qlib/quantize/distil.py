@@ -7,7 +7,6 @@ a dozen times, for then it begins to learn the windows by heart.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn

@@ -49,7 +49,8 @@ class Grid:
             scale for the whole weight.
         symmetric: zero is the middle code; otherwise it is fitted and stored per group. Floats are always symmetric.
         element: a name in `ELEMENTS`.
-        activations: "int8": inputs are rounded, token by token, to symmetric 8 bits when the layer runs.
+        activations: "int8" or "fp8": inputs are rounded, token by token, to symmetric 8 bits or to e4m3 when the layer
+            runs.
         real_zero: zeros are bf16 numbers instead of codes (HQQ).
     """
 
@@ -107,7 +108,7 @@ class GridOptions:
             their own, 32 and 16, whatever group_size says.
         clip: how the range of a group is chosen: none takes all of it; mse the cut that leaves the least squared error;
             activations weighs the error by the mean square of each input channel.
-        activations: int8 rounds the inputs as well, token by token, when the layer runs (W8A8).
+        activations: int8 rounds the inputs as well, token by token, when the layer runs (W8A8); fp8 rounds them to e4m3.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 8] = 4
@@ -115,7 +116,7 @@ class GridOptions:
     symmetric: bool = False
     element: Literal["int", "fp8", "mxfp4", "nvfp4"] = "int"
     clip: Literal["none", "mse", "activations"] = "none"
-    activations: Literal["int8"] | None = None
+    activations: Literal["int8", "fp8"] | None = None
 
     def __post_init__(self) -> None:
         element = ELEMENTS[self.element]
@@ -125,7 +126,10 @@ class GridOptions:
             raise UserError(f"group_size: {self.group_size} is not allowed with fp8; allowed: null, tensor")
         if self.group_size == "tensor" and self.element != "fp8":
             raise UserError("group_size: tensor is allowed with element fp8 only; allowed: 32, 64, 128, null")
-        if self.activations and (self.bits, self.group_size, self.symmetric, self.element) != (8, None, True, "int"):
+        if self.activations == "fp8" and self.element != "fp8":
+            raise UserError(f"activations: fp8 is not allowed with element {self.element}; allowed with element fp8 only")
+        whole = (self.bits, self.group_size, self.symmetric, self.element) == (8, None, True, "int")
+        if self.activations == "int8" and not whole:
             raise UserError(
                 "activations: int8 is allowed only with bits 8, group_size null, symmetric true and element int"
             )

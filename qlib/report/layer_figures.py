@@ -1,9 +1,10 @@
 """Figures of one strategy: errors, masks, sensitivities and widths of its layers."""
 
 from qlib.report.axes import ROW, drawn, lines
+from qlib.report.labels import plain_ticks
 from qlib.report.theme import HEIGHT, WIDTH, family_mark, style
 
-__all__ = ["layer_errors", "sensitivities", "chosen_bits", "kept_cells"]
+__all__ = ["layer_errors", "sensitivities", "chosen_bits", "kept_cells", "batch_lines"]
 
 
 def layer_errors(frame):
@@ -30,6 +31,23 @@ def sensitivities(frame):
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     return drawn(draw, HEIGHT + 0.7, "" if len(frame) else "No sensitivity was measured.")
+
+
+def batch_lines(frame):
+    """Milliseconds of a layer's linears over the number of requests, a line per format, both axes logarithmic.
+
+    Args:
+        frame: as of `record_frames.batches_frame`.
+    """
+
+    def draw(axes):
+        lines(axes, frame, ("batch", "Requests at once"), ("ms", "Milliseconds"), "format")
+        axes.set(xscale="log", yscale="log")
+        plain_ticks(axes, frame["batch"], frame["ms"])
+        batches = sorted(set(frame["batch"]))
+        axes.set_xticks(batches, [f"{batch:g}" for batch in batches])
+
+    return drawn(draw, HEIGHT + 0.5, "" if len(frame) else "No batches were timed.")
 
 
 def chosen_bits(frame):

@@ -6,7 +6,7 @@ from qlib.report.numbers import number
 from qlib.report.tables import floor
 
 __all__ = [
-    "data_frame", "spread", "spread_columns", "levels_frame", "formats_frame", "curve_frame", "passes_frame",
+    "data_frame", "spread", "spread_columns", "levels_frame", "formats_frame", "batches_frame", "batches_alt", "curve_frame", "passes_frame",
     "curves_frame", "difference_frame", "difference_alt",
 ]  # fmt: skip
 
@@ -52,6 +52,25 @@ def formats_frame(formats: dict[str, dict[str, dict]]):
             row |= spread(key, measures.get(f"latency.{key}_ms"))
         rows.append(row)
     return data_frame(rows, ["format", *spread_columns("decode", "prefill"), "floor"])
+
+
+def batches_frame(batches: dict[str, dict[str, dict]]):
+    """batch, format, ms with interval: from a speed record's ``batches``."""
+    rows = [
+        {"batch": int(batch), "format": name, **spread("ms", one)}
+        for batch, formats in batches.items()
+        for name, one in formats.items()
+    ]
+    return data_frame(rows, ["batch", "format", *spread_columns("ms")])
+
+
+def batches_alt(frame) -> str:
+    """Which format is fastest for how many requests at once, in words."""
+    if frame.empty:
+        return "No batches were timed."
+    best = frame.loc[frame.groupby("batch")["ms"].idxmin()]
+    found = ", ".join(f"{row['format']} for {row['batch']} ({row['ms']:.3g} milliseconds)" for _, row in best.iterrows())
+    return f"Fastest by number of requests at once: {found}."
 
 
 def curve_frame(points: list, series: str = "loss"):

@@ -25,7 +25,7 @@ class Reach:
 
     Attributes:
         sources: module of the package -> SHA-256 of its code without comments, docstrings and layout, which change no
-            result, and of the C files beside it that it names.
+            result, and of the C files in a folder beside it that it names.
         packages: names of other packages.
     """
 
@@ -33,12 +33,13 @@ class Reach:
     packages: set[str] = field(default_factory=set)
 
 
-def reach(roots: Iterable[str], code: str, source: Path) -> Reach:
+def reach(roots: Iterable[str], code: str, source: Path, without: Iterable[str] = ()) -> Reach:
     """Follow the imports of modules `roots` and of `code` through the package.
 
     Args:
         code: Python source (a notebook's cells); the verbs it names (``qlib.load(...)``) are roots as well.
         source: folder of the package, the one that holds `__init__.py`.
+        without: modules that are not followed.
     """
     verbs = read_verbs(source)
     found = Reach()
@@ -52,7 +53,7 @@ def reach(roots: Iterable[str], code: str, source: Path) -> Reach:
                 found.packages.add(name.partition(".")[0])
             continue
         module, file = _resolve(name, source)
-        if file is None or module == PACKAGE or module in found.sources or _is_neutral(module):
+        if file is None or module == PACKAGE or module in found.sources or module in without or _is_neutral(module):
             continue
         found.sources[module], imported = _read(file, module, tuple(verbs.items()), file.stat().st_mtime_ns)
         waiting += [*imported, module.rpartition(".")[0]]
@@ -78,7 +79,8 @@ def _resolve(name: str, source: Path) -> tuple[str, Path | None]:
 def _read(file: Path, module: str, verbs: tuple[tuple[str, str], ...], stamp: int) -> tuple[str, list[str]]:
     text = file.read_text(encoding="utf-8")
     inside = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    compiled = "".join(one.read_text(encoding="utf-8") for one in sorted(file.parent.glob("*.c")) if one.name in text)
+    beside = (one for one in sorted(file.parent.glob("*/*.[ch]")) if f'"{one.parent.name}"' in text)
+    compiled = "".join(one.read_text(encoding="utf-8") for one in beside)
     return hashlib.sha256((_bare(text) + compiled).encode()).hexdigest(), _follow(text, inside, dict(verbs))
 
 

@@ -21,6 +21,8 @@ __all__ = ["key_parts", "key_of", "differences", "code_cells", "SOURCE"]
 SOURCE = Path(__file__).parent.parent
 #: Parameters that only say how a strategy is called and when it runs.
 NAMES_ONLY = ("title", "tier")
+#: Modules that compute nothing on a CPU.
+GPU_ONLY = ("qlib.layers.triton_kernels",)
 
 
 def key_parts(strategy: Strategy, root: Path, source: Path = SOURCE) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def key_parts(strategy: Strategy, root: Path, source: Path = SOURCE) -> dict[str
         named = _named(code) & passes.keys() if is_lesson(strategy) else {step["pass"] for step in strategy.recipe}
         tool = tool_of(strategy)
         modules = [passes[name] for name in sorted(named)] + ([adapter_of(tool)] if tool else [])
-        reached = reach(modules, code, source)
+        reached = reach(modules, code, source, GPU_ONLY if device_class() == "cpu" else ())
     except SyntaxError as error:
         raise UserError(f"{error.filename or notebook.name}: is not plain Python: {error.msg}: {error.text}") from None
     return {

@@ -102,7 +102,12 @@ def gpu() -> str | None:
         found = re.search(r"^Model:\s*(.+)$", file.read_text(), re.MULTILINE)
         if found:
             return found[1].strip()
-    return None
+    try:  # the driver's folder is hidden in some containers
+        ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return names[0].strip() if names else None
 
 
 def _torch_has_cuda() -> bool:

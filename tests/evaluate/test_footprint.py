@@ -92,7 +92,7 @@ def test_formats_have_names():
     assert grid_of("bf16") is None
     assert grid_of("int4-g128") == Grid(4, 128) and grid_of("int8") == Grid(8)
     assert all(grid_of(grid.name) == grid for grid in (Grid(3, 64), Grid(6), Grid(2, 32)))
-    assert all(grid_of(name).name == name for name in ("fp8", "fp8-tensor", "mxfp4", "nvfp4", "int8-a8", "int4-g64-z16"))
+    assert all(grid_of(name).name == name for name in ("fp8", "fp8-tensor", "fp8-a8", "fp8-tensor-a8", "mxfp4", "nvfp4", "int8-a8", "int4-g64-z16"))
     for wrong in ("fp9", "int7", "int4-g", "int4g128", "INT4"):
         with pytest.raises(UserError, match=f"format '{wrong}' is unknown"):
             grid_of(wrong)

@@ -39,6 +39,7 @@ COMPRESSED = {
     "int3-g64": (Grid(3, 64), False),
     "int2-g32": (Grid(2, 32), False), "int5-g32": (Grid(5, 32), False), "int6-symmetric": (Grid(6, None, True), False),
     "int8": (Grid(8), False), "int8-a8": (Grid(8, None, True, "int", "int8"), False), "fp8": (FP8, False),
+    "fp8-a8": (Grid(8, None, True, "fp8", "fp8"), False),
     "fp8-tensor": (Grid(8, "tensor", True, "fp8"), True), "mxfp4": (MXFP4, False),
     "nvfp4": (NVFP4, False), "mixed": (mixed, False), "mixed-tied": (mixed, True), "some": (some, False),
 }  # fmt: skip
@@ -114,7 +115,7 @@ def test_transformers_decompresses_every_format(loaded, name, monkeypatch):
     check(*loaded("transformers")[name], BF16 if name == "nvfp4" else EXACT)
 
 
-def round_tokens_theirs(x):
+def round_tokens_theirs(x, element):
     scales = x.abs().amax(-1, keepdim=True) / 127.5
     return (x / scales).round().clamp(-128, 127), scales
 

@@ -52,6 +52,35 @@ def test_logits_are_those_of_transformers(kinds, kv_heads):
     torch.testing.assert_close(decoder(ids[8:9]), wanted[8], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kv_heads", (1, 2, 4))
+def test_a_token_whose_place_only_the_device_knows(kv_heads):
+    """What a CUDA graph replays, run here without one."""
+    model, ids = make(Qwen2Config, Qwen2ForCausalLM, kv_heads, torch.float32), torch.randint(99, (12,))
+    wanted, decoder = logits_of(model, ids), Decoder(model, 16)
+    decoder.caches[0].keys[:, 9:], decoder.caches[0].values[:, 9:] = 1e6, 1e6  # what lies behind must not be seen
+    decoder(ids[:5])
+    with torch.inference_mode():
+        for place in range(5, 12):
+            decoder.place.fill_(place)
+            decoder.id.copy_(ids[place : place + 1])
+            torch.testing.assert_close(decoder._step(), wanted[place], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("format", ("bf16", "int8", "int8-a8", "int4-g32", "fp8-a8"))
+def test_a_graph_on_cuda_says_what_the_blocks_say(format):
+    shape = Shape("small", 2, 256, 4, 2, 512, 512, head_dim=64)
+    device, random = torch.device("cuda"), torch.Generator().manual_seed(0)
+    model = parts.build_model(shape, format, PlainLinear, random, device)
+    ids, decoder = torch.randint(512, (12,), device=device), Decoder(model, 16)
+    wanted = torch.stack([Decoder(model, 16)(ids[: end + 1]) for end in range(4, 12)]).float()
+    for _ in range(2):  # the second time the graph is there from the start
+        decoder.rewind()
+        found = torch.stack([decoder(ids[:5]), *(decoder(one[None]) for one in ids[5:])]).float()
+        assert (found - wanted).norm() < 0.02 * wanted.norm()
+        assert torch.equal(found.argmax(1), wanted.argmax(1)) or (found - wanted).abs().max() < 0.1
+
+
 def test_a_packed_model_in_bf16(kernels):
     model, ids = make(Qwen2Config, Qwen2ForCausalLM, 2, torch.bfloat16), torch.randint(99, (10,))
     for block in blocks_of(model):

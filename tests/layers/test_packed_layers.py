@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.layers import int4_blocks, int8_tiles, layer_class, native, pack, packed_layers, resident_bytes
+from qlib.layers import gpu, int4_blocks, int8_tiles, layer_class, native, pack, packed_layers, resident_bytes
 from qlib.layers.base import round_tokens
 from qlib.layers.codes import CodesLinear
 from qlib.layers.int4 import Int4Linear
@@ -18,6 +18,7 @@ from qlib.layers.int8 import Int8DynamicLinear, Int8Linear
 from qlib.quantize.grid import CompressedWeight, Grid, fit_grid, round_to_grid
 
 W8A8 = Grid(8, symmetric=True, activations="int8")
+FP8 = Grid(8, symmetric=True, element="fp8", activations="fp8")
 GRIDS = [
     Grid(4, 128),
     Grid(4, 64, symmetric=True),
@@ -34,6 +35,8 @@ GRIDS = [
     Grid(6),
     Grid(3, 64, real_zero=True),
     Grid(4, 32, symmetric=True, element="mxfp4"),
+    FP8,
+    Grid(8, "tensor", symmetric=True, element="fp8", activations="fp8"),
 ]
 ROWS = (1, 4, 16, 17, 64, 256)
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -81,10 +84,10 @@ def assert_close_to_reference(layer, compressed, linear, rows: int, device: str 
     x = torch.randn(rows, layer.in_features).bfloat16() + 0.1
     out = layer(x.to(device)).cpu()
     if layer.grid.activations:
-        codes, scales = round_tokens(x)
+        codes, scales = round_tokens(x, layer.grid.activations)
         x = codes.double() * scales.double()
     wanted = x.double() @ compressed.dequantize().double().t()
-    wanted += 0 if linear.bias is None else linear.bias.detach().double()
+    wanted += 0 if linear.bias is None else linear.bias.detach().double().cpu()
     assert out.dtype == torch.bfloat16
     # A product of bf16 numbers is summed in fp32 and rounded once or twice; weights may be rounded to bf16 before. The
     # kernels sum code - middle first, and correct for the zero afterwards.
@@ -108,7 +111,7 @@ def test_every_kernel_is_close_to_float64(grid, rows, kernels):
 def test_fp32_is_exact_and_codes_come_back(grid):
     layer, compressed, linear = make(grid)
     x = torch.randn(2, 5, 256)
-    codes, scales = round_tokens(x)
+    codes, scales = round_tokens(x, grid.activations or "int8")
     seen = x + (codes * scales - x) if grid.activations else x
     assert torch.equal(layer(x), F.linear(seen, compressed.dequantize(), linear.bias.float()))
     assert_same(layer.compressed(), compressed)
@@ -288,7 +291,7 @@ def test_resident_bytes_are_what_the_codes_take(grid):
     assert without_bias == resident_bytes(grid, 208, 256)
     held = {Int4Linear: 4, Int8Linear: 8, Int8DynamicLinear: 8}.get(type(layer), grid.bits)
     overhead = 8 * without_bias / (208 * 256) - held
-    assert overhead <= 48 / (grid.group_size or 128)  # a scale and a zero per group, no second copy
+    assert overhead <= 48 / (grid.group_size if isinstance(grid.group_size, int) else 128)  # a scale and a zero per group, no second copy
 
 
 def test_gradients_reach_the_activations():
@@ -312,16 +315,70 @@ def test_a_zero_that_bf16_cannot_hold_is_refused():
         pack(linear, compressed)
 
 
+@pytest.mark.parametrize("size", [None, "tensor"])
+def test_the_product_of_fp8_numbers_is_close_to_float64(size):
+    """On a CPU the layer does not choose it, but torch's operator is there, too."""
+    grid = Grid(8, size, symmetric=True, element="fp8", activations="fp8")
+    layer, compressed, linear = make(grid)
+    layer.expand_multiply = layer.multiply
+    for rows in (1, 17, 64):
+        assert_close_to_reference(layer, compressed, linear, rows)
+
+
+def test_tokens_are_rounded_to_the_nearest_e4m3_number():
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    numbers = numbers[numbers.isfinite()]
+    x = torch.randn(5, 300) * torch.logspace(-3, 3, 5)[:, None]
+    x[2] = 0
+    codes, scales = round_tokens(x, "fp8")
+    steps = x.double() / scales.double()
+    nearest = (steps[..., None] - numbers).abs().amin(-1)
+    assert torch.allclose((steps - codes.double()).abs(), nearest, atol=1e-4)  # a tie may fall to either side
+    assert codes.abs().amax(1).tolist() == [448, 448, 0, 448, 448]
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("element", ["int8", "fp8"])
+def test_tokens_are_rounded_on_cuda_as_on_a_cpu(element):
+    x = torch.randn(7, 1000).bfloat16() * torch.logspace(-3, 3, 7)[:, None].bfloat16()
+    x[3] = 0
+    codes, scales = gpu.round_tokens(x.cuda(), element)
+    wanted, wanted_scales = round_tokens(x, element)
+    assert torch.equal(codes.float().cpu(), wanted) and torch.equal(scales.cpu(), wanted_scales)
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("grid", [Grid(8), Grid(8, symmetric=True), Grid(8, 128), Grid(4, 128), Grid(3, 32)], ids=words)
+@pytest.mark.parametrize("in_features", [384, 640, 896])  # of int4 slices of 16, 16 and 16; tests above have 32
+def test_on_cuda_for_odd_shapes(grid, in_features):
+    layer, compressed, linear = make(grid, 208, in_features)
+    layer.cuda()
+    for rows in (1, 33, 700):
+        assert_close_to_reference(layer, compressed, linear, rows, "cuda")
+
+
+@NEEDS_CUDA
+def test_int4_on_cuda_without_our_kernels(monkeypatch):
+    monkeypatch.setattr(gpu, "_load", lambda: (None, "switched off"))
+    layer, compressed, linear = make(Grid(4, 128))
+    layer.cuda()
+    for rows in (1, 17):
+        assert_close_to_reference(layer, compressed, linear, rows, "cuda")
+    assert_same(layer.compressed(), compressed)
+
+
 @NEEDS_CUDA
 @pytest.mark.parametrize("grid", GRIDS, ids=words)
 def test_on_cuda(grid):
     layer, compressed, linear = make(grid)
     layer.cuda()
     assert_same(layer.compressed(), compressed)
-    for rows in (1, 17, 256):
+    for rows in (1, 17, 100, 600):
         assert_close_to_reference(layer, compressed, linear, rows, "cuda")
     x = torch.randn(5, 256, device="cuda")
-    exact = F.linear(x, compressed.dequantize().cuda(), linear.bias.float())
+    codes, scales = round_tokens(x, grid.activations or "int8")
+    seen = x + (codes * scales - x) if grid.activations else x
+    exact = F.linear(seen, compressed.dequantize().cuda(), linear.bias.float())
     assert torch.equal(layer(x), exact)
     assert_same(layer.cpu().compressed(), compressed)
 

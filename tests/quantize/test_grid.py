@@ -165,9 +165,11 @@ def test_a_group_size_that_does_not_divide_is_refused():
         ({"element": "fp8", "bits": 8}, "^group_size: 128 is not allowed"),
         ({"group_size": "tensor"}, "^group_size: tensor is allowed with element fp8"),
         ({"activations": "int8"}, "^activations: int8 is allowed only"),
+        ({"activations": "fp8"}, "^activations: fp8 is not allowed with element int; allowed with element fp8 only"),
     ],
 )
 def test_formats_that_do_not_exist_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         GridOptions(**options)
     assert GridOptions(element="mxfp4").grid == Grid(4, 32, True, "mxfp4")
+    assert GridOptions(bits=8, group_size=None, element="fp8", activations="fp8").grid.name == "fp8-a8"

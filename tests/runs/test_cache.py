@@ -129,6 +129,8 @@ def test_sources_that_a_strategy_reaches(project, package):
     assert found["rtn"]["packages"]["torch"]
     assert not {"qlib", "os", "json"} & set(found["rtn"]["packages"])
     assert "torch" not in found["plain"]["packages"]
+    assert "qlib.layers.gpu" in found["rtn"]["sources"]  # but what only GPUs run does not count on a CPU
+    assert "qlib.layers.triton_kernels" not in found["rtn"]["sources"] and "triton" not in found["rtn"]["packages"]
 
 
 def test_differences_say_what_changed():
@@ -194,6 +196,20 @@ def test_comments_docstrings_and_layout_change_no_hash_but_code_and_other_texts_
     assert digest(plain.replace("return X", "return (\n        X  # why\n    )")) == first
     assert digest(plain.replace('"a"', '"b"')) != first
     assert digest(plain.replace("return X", "return X + X")) != first
+
+
+def test_c_files_count_for_the_module_that_names_their_folder(package):
+    def sources() -> dict[str, str]:
+        imports._read.cache_clear()  # it goes by the date of the Python file
+        return reach(["qlib.layers.native"], "", package).sources
+
+    header = package / "layers" / "kernels" / "common.h"
+    header.parent.mkdir()
+    header.write_text("// one\n")
+    before = sources()
+    header.write_text("// another\n")
+    after = sources()
+    assert {name for name in after if after[name] != before[name]} == {"qlib.layers.build"}
 
 
 def test_state_without_a_key_is_unverified(project):

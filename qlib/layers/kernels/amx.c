@@ -1,14 +1,10 @@
 // Many rows on processors with AMX, whose tile products make eight times as much at once as vectors: int8 x int8, summed
-// exactly as in kernels.c, and bf16 x int4, whose weights are expanded some at a time.
+// exactly as in int8.c, and bf16 x int4, whose weights are expanded some at a time.
 
-#include <immintrin.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-typedef uint16_t bf16;
+#include "common.h"
 
 #if !defined(__AMX_INT8__) || !defined(__AMX_BF16__)
 
@@ -20,12 +16,6 @@ void int4_tiles(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, 
 
 #else
 
-void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, long in, long group, long channels,
-                 long first, long blocks, long start, long depth, long wide, int threads);  // kernels.c
-
-#define INLINE static inline __attribute__((always_inline))
-#define LEAST(a, b) ((a) < (b) ? (a) : (b))
-#define EACH(i, count) for (long i = 0; i < (count); i++)
 // By hand: gcc 12 does not know that its intrinsics read memory, and leaves out what was written for them.
 #define LOAD_APART(tile, at, apart) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(at), "r"((long)(apart)) : "memory")
@@ -93,11 +83,6 @@ INLINE void add_products(const int8_t *w, const int8_t *x0, const int8_t *x1, in
     STORE_SUMS(sums);
 }
 
-INLINE __m512 widen16(const bf16 *from) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
-
 // bf16 of SIDE channels of one row, whose sums lie SIDE apart.
 INLINE void finish(const int32_t *sums, float row_scale, const bf16 *scales, const bf16 *bias, bf16 *out) {
     const __m512i apart = _mm512_slli_epi32(
@@ -149,7 +134,7 @@ void int8_tiles(const int8_t *x, const float *row_scales, const int8_t *w, const
     free(ordered);
 }
 
-// ---- bf16 x int4, in blocks of 64 channels as in kernels.c ----
+// ---- bf16 x int4, in blocks of 64 channels as in int4.c ----
 
 enum { WIDE = 64, HALF = TILE / 2 };  // channels of a block, numbers in a row of a register
 
