@@ -79,7 +79,7 @@ def _resolve(name: str, source: Path) -> tuple[str, Path | None]:
 def _read(file: Path, module: str, verbs: tuple[tuple[str, str], ...], stamp: int) -> tuple[str, list[str]]:
     text = file.read_text(encoding="utf-8")
     inside = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    beside = (one for one in sorted(file.parent.glob("*/*.[ch]")) if f'"{one.parent.name}"' in text)
+    beside = (one for one in sorted(file.parent.glob("*/*.[ch]")) if f'with_name("{one.parent.name}")' in text)
     compiled = "".join(one.read_text(encoding="utf-8") for one in beside)
     return hashlib.sha256((_bare(text) + compiled).encode()).hexdigest(), _follow(text, inside, dict(verbs))
 
