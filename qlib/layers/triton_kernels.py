@@ -65,7 +65,7 @@ def round_tokens(x: torch.Tensor, element: str) -> tuple[torch.Tensor, torch.Ten
 
 
 @_tuned("out_features in_features groups ROWS", (32, 256, 4, 3), (32, 256, 2, 4), (64, 256, 4, 4), (128, 64, 4, 4))
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _multiply_int8(
     x, codes, scales, offsets, sums, bias, out, rows, out_features, in_features, groups, HAS_OFFSETS: tl.constexpr,
     HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
@@ -121,8 +121,8 @@ def _scale_and_zero(pairs, at, ok):
     return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
 
 
-@_tuned("out_features in_features GROUP ROWS", (32, 0, 2, 2), (32, 0, 4, 3), (64, 0, 4, 2), (64, 0, 4, 3), (128, 0, 8, 2))
-@triton.jit
+@_tuned("out_features in_features GROUP ROWS", (32, 0, 2, 2), (32, 0, 4, 3), (64, 0, 4, 2), (128, 0, 8, 2))
+@triton.jit(do_not_specialize=["rows"])
 def _multiply_int4(
     x, words, pairs, sums, bias, out, rows, out_features, in_features, HAS_BIAS: tl.constexpr,
     GROUP: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
@@ -154,7 +154,7 @@ def _multiply_int4(
     tl.store(place, total.to(tl.bfloat16), channel_ok[:, None] & row_ok[None, :])
 
 
-@_tuned("out_features in_features GROUP", (8, 0, 2, 3), (16, 0, 4, 3), (32, 0, 4, 3), (64, 0, 8, 3), (32, 0, 8, 3))
+@_tuned("out_features in_features GROUP", (16, 0, 4, 3), (32, 0, 4, 3), (32, 0, 8, 3), (64, 0, 8, 3))
 @triton.jit
 def _multiply_int4_row(
     x, words, pairs, sums, bias, out, out_features, in_features, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr,
