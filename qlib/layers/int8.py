@@ -98,7 +98,7 @@ class Int8Linear(PackedLinear):
 
     def runs_packed(self, rows: int) -> bool:
         if self.codes.is_cuda and gpu.kernels():
-            return rows <= self.packed_rows_gpu
+            return rows <= self.packed_rows_gpu and self._scales.shape[1] == 1
         return super().runs_packed(rows) and (self._has_own_kernel() or self._has_torch_kernel())
 
     def row_kernel(self) -> native_blocks.RowKernel | None:

@@ -22,6 +22,7 @@ WHOLE = tl.constexpr(12582912.0)
 BITS_OF_128, BITS_OF_16 = tl.constexpr(0x4300), tl.constexpr(0x41800000)
 CODE_OF_16 = tl.constexpr(0x780000)
 WIDEST = 4096  # elements that one program of `widen` converts
+DEEPEST = 256  # input channels of a step, at most
 
 
 def _tuned(key: str, *settings: tuple[int, ...]):
@@ -64,31 +65,32 @@ def round_tokens(x: torch.Tensor, element: str) -> tuple[torch.Tensor, torch.Ten
     return codes, scales
 
 
-@_tuned("out_features in_features groups ROWS", (32, 256, 4, 3), (32, 256, 2, 4), (64, 256, 4, 4), (128, 64, 4, 4))
+@_tuned("out_features in_features ROWS", (32, 256, 4, 3), (32, 256, 2, 4), (64, 256, 4, 4), (128, 64, 4, 4))
 @triton.jit(do_not_specialize=["rows"])
 def _multiply_int8(
-    x, codes, scales, offsets, sums, bias, out, rows, out_features, in_features, groups, HAS_OFFSETS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    x, codes, scales, offsets, sums, bias, out, rows, out_features, in_features, WHOLE_STEPS: tl.constexpr,
+    HAS_OFFSETS: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    depth, size = tl.arange(0, DEPTH), in_features // groups
+    depth = tl.arange(0, DEPTH)
     row_ok, channel_ok = row < rows, channel < out_features
     weights = codes + channel[:, None].to(tl.int64) * in_features + depth[None, :]
     sources = x + row[None, :].to(tl.int64) * in_features + depth[:, None]
     total = tl.zeros((CHANNELS, ROWS), tl.float32)
-    for group in range(groups):
-        part = tl.zeros((CHANNELS, ROWS), tl.float32)
-        for start in range(0, size, DEPTH):
-            at, inside = group * size + start, start + depth < size
-            weight = tl.load(weights + at, channel_ok[:, None] & inside[None, :], 0).to(tl.bfloat16)
-            values = tl.load(sources + at, row_ok[None, :] & inside[:, None], 0.0)
-            part = tl.dot(weight, values, part)
-        scale = tl.load(scales + channel * groups + group, channel_ok, 0.0).to(tl.float32)
-        total += part * scale[:, None]
-        if HAS_OFFSETS:
-            offset = tl.load(offsets + channel * groups + group, channel_ok, 0.0)
-            total += offset[:, None] * tl.load(sums + row * groups + group, row_ok, 0.0)[None, :]
+    for start in range(0, in_features, DEPTH):
+        if WHOLE_STEPS:
+            weight = tl.load(weights + start, channel_ok[:, None], 0)
+            values = tl.load(sources + start, row_ok[None, :], 0.0)
+        else:  # a mask along the input channels breaks loads into small ones
+            inside = start + depth < in_features
+            weight = tl.load(weights + start, channel_ok[:, None] & inside[None, :], 0)
+            values = tl.load(sources + start, row_ok[None, :] & inside[:, None], 0.0)
+        total = tl.dot(weight.to(tl.bfloat16), values, total)
+    total = total * tl.load(scales + channel, channel_ok, 0.0).to(tl.float32)[:, None]
+    if HAS_OFFSETS:
+        offset = tl.load(offsets + channel, channel_ok, 0.0)
+        total += offset[:, None] * tl.load(sums + row, row_ok, 0.0)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + channel, channel_ok, 0.0).to(tl.float32)[:, None]
     place = out + row[None, :].to(tl.int64) * out_features + channel[:, None]
@@ -101,15 +103,15 @@ def multiply_int8(
     """bf16 `x [rows, in]` times int8 `codes [out, in]` -> bf16 `[rows, out]`.
 
     Args:
-        scales: bf16 `[out, groups]`. offsets: fp32 `[out, groups]`, times the sum of a group's activations, or None.
+        scales: bf16 `[out, 1]`. offsets: fp32 `[out, 1]`, times the sum of a row's activations, or None.
         bias: bf16 `[out]`, or None.
     """
-    x, (rows, in_features), (out_features, groups) = x.contiguous(), x.shape, scales.shape
+    x, (rows, in_features), out_features = x.contiguous(), x.shape, len(codes)
     out, block = x.new_empty(rows, out_features), _rows_at_once(rows)
-    sums = None if offsets is None else _sums(x, groups)
+    sums = None if offsets is None else _sums(x, 1)
     _multiply_int8[lambda meta: (triton.cdiv(out_features, meta["CHANNELS"]), triton.cdiv(rows, block))](
-        x, codes, scales, offsets, sums, bias, out, rows, out_features, in_features, groups, offsets is not None,
-        bias is not None, block,
+        x, codes, scales, offsets, sums, bias, out, rows, out_features, in_features, in_features % DEEPEST == 0,
+        offsets is not None, bias is not None, block,
     )  # fmt: skip
     return out
 
