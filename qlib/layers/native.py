@@ -6,8 +6,7 @@ from qlib.layers.build import call, has_amx, missing
 
 __all__ = [
     "missing", "takes", "has_amx", "tiled", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "int4_multiply",
-    "rms_norm", "rms_norm_backward", "gated", "gated_backward", "attend", "causal_softmax", "causal_softmax_backward",
-    "round_columns",
+    "rms_norm", "attend", "causal_softmax", "causal_softmax_backward", "round_columns",
 ]  # fmt: skip
 
 #: Rows from which tile registers are worth filling, and the channels that they take at a time.
@@ -108,29 +107,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     out = torch.empty_like(x)
     call("rms_norm", x, weight, out, epsilon, *x.shape)
     return out
-
-
-def rms_norm_backward(x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """What the gradient of `rms_norm`'s result hands on to its `x`, all bf16 `[rows, width]`."""
-    out = torch.empty_like(x)
-    call("rms_norm_backward", x, weight, gradient.contiguous(), out, epsilon, *x.shape)
-    return out
-
-
-def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of contiguous bf16 tensors, a multiple of 16 numbers."""
-    out = torch.empty_like(gate)
-    call("gated", gate, up, out, gate.numel())
-    return out
-
-
-def gated_backward(
-    gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the gradient of `gated`'s result hands on to gate and up."""
-    to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
-    call("gated_backward", gate, up, gradient, to_gate, to_up, gate.numel())
-    return to_gate, to_up
 
 
 def attend(

@@ -17,7 +17,6 @@ from qlib.layers import pack
 from qlib.prune.mask import mask_of
 from qlib.quantize.formats import GridOptions
 from qlib.plain_attention import PlainAttention
-from qlib.short_work import ShortWork
 from qlib.quantize.rounding import Rounding
 from qlib.recipe import BlockContext
 
@@ -94,7 +93,7 @@ class _Windows:
 
     def loss(self, weights: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
         """Mean squared error of the block's outputs."""
-        with PlainAttention(), ShortWork(self.block):
+        with PlainAttention():
             out = functional_call(self.block, weights, (self.inputs[rows],), self.arguments)
         out = out[0] if isinstance(out, tuple) else out
         return (out.float() - self.targets[rows].float()).square().mean()
