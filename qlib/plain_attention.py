@@ -16,6 +16,7 @@ from qlib.layers import native
 __all__ = ["PlainAttention", "causal_attention"]
 
 PIECE = 128  # queries at a time
+WIDTHS = 32  # our kernels take heads of a multiple
 
 
 class PlainAttention(TorchFunctionMode):
@@ -43,7 +44,26 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     Returns:
         `[rows, heads, tokens, width]`.
     """
+    tensors = (query, key, value)
+    if native.takes(query.device, query.shape[-1], WIDTHS) and all(one.dtype == torch.bfloat16 for one in tensors):
+        if not native.has_amx():  # there, oneDNN's products run on tile registers, and those of our kernels do not
+            return _Windows.apply(*(one if one.stride(-1) == 1 else one.contiguous() for one in tensors), scale)
     return _Causal.apply(query, key, value, scale)
+
+
+class _Windows(torch.autograd.Function):
+    """Kernels of our own for heads of 32, 64, 96, ... numbers; where they are differentiated, weights are computed anew."""
+
+    @staticmethod
+    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+        out, logs = native.attend_windows(query, key, value, scale)
+        ctx.save_for_backward(query, key, value, out, logs)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *native.attend_windows_backward(*ctx.saved_tensors, gradient, ctx.scale), None
 
 
 class _Causal(torch.autograd.Function):

@@ -7,17 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlib.layers import native
-from qlib.plain_attention import PIECE, PlainAttention, causal_attention
+from qlib.plain_attention import PIECE, PlainAttention, _Causal, _Windows, causal_attention
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
-    tokens=st.integers(1, 2 * PIECE + 3), key_heads=st.integers(1, 2), sharing=st.integers(1, 3), seed=st.integers(0, 99)
-)
-def test_pieces_give_what_whole_matrices_give(tokens, key_heads, sharing, seed):
+    tokens=st.integers(1, 2 * PIECE + 3), key_heads=st.integers(1, 2), sharing=st.integers(1, 3), seed=st.integers(0, 99),
+    width=st.sampled_from([16, 32, 64]),
+)  # fmt: skip
+def test_pieces_give_what_whole_matrices_give(tokens, key_heads, sharing, seed, width):
+    """Heads of 16 numbers run torch's products, wider ones our kernels, where there are any."""
     random = torch.Generator().manual_seed(seed)
     heads = (key_heads * sharing, key_heads, key_heads)
-    parts = [torch.randn(2, tokens, h, 16, generator=random).bfloat16().transpose(1, 2).requires_grad_() for h in heads]
+    parts = [torch.randn(2, tokens, h, width, generator=random).bfloat16().transpose(1, 2).requires_grad_() for h in heads]
     found = causal_attention(*parts, 0.25)
     gradient = torch.randn(found.shape, generator=random).bfloat16()
     exact = [part.detach().double().requires_grad_() for part in parts]
@@ -27,6 +29,29 @@ def test_pieces_give_what_whole_matrices_give(tokens, key_heads, sharing, seed):
         assert (ours.double() - theirs).norm() <= 0.012 * theirs.norm() + 1e-3
     with torch.no_grad():
         assert torch.equal(causal_attention(*parts, 0.25), found)
+
+
+@pytest.mark.skipif(bool(native.missing()), reason=native.missing())
+def test_our_kernels_are_closer_to_float64_than_products_in_bf16_and_take_any_layout():
+    random = torch.Generator().manual_seed(0)
+    parts = [torch.randn(2, 150, 3, 32, generator=random).bfloat16().transpose(1, 2).requires_grad_() for _ in range(3)]
+    gradient = torch.randn(2, 3, 150, 32, generator=random).bfloat16()
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    wanted = F.scaled_dot_product_attention(*exact, is_causal=True)
+    theirs = (wanted, *torch.autograd.grad(wanted, exact, gradient.double()))
+
+    def results(call, parts):
+        out = call(*parts, 32**-0.5)
+        return (out, *torch.autograd.grad(out, parts, gradient))
+
+    ours, products = results(_Windows.apply, parts), results(_Causal.apply, parts)
+    for one, other, reference in zip(ours, products, theirs):
+        assert (one - reference).norm() < 0.9 * (other - reference).norm() and (one - reference).norm() < 4e-3 * reference.norm()
+    turned = [part.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for part in parts]
+    for one, other in zip(ours, results(causal_attention, turned) if not native.has_amx() else ours):
+        assert torch.equal(one, other)
+    large = [(30 * part.detach()).requires_grad_() for part in parts]  # scores of hundreds: weights of 0 and 1
+    assert all(one.isfinite().all() for one in results(_Windows.apply, large))
 
 
 def test_fp32_runs_torch_and_is_as_exact():

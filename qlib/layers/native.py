@@ -6,7 +6,8 @@ from qlib.layers.build import call, has_amx, missing
 
 __all__ = [
     "missing", "takes", "has_amx", "tiled", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "int4_multiply",
-    "rms_norm", "attend", "causal_softmax", "causal_softmax_backward", "round_columns",
+    "rms_norm", "attend", "causal_softmax", "causal_softmax_backward", "attend_windows",
+    "attend_windows_backward", "round_columns",
 ]  # fmt: skip
 
 #: Rows from which tile registers are worth filling, and the channels that they take at a time.
@@ -137,6 +138,49 @@ def causal_softmax_backward(weights: torch.Tensor, gradients: torch.Tensor, firs
     """Turn the gradients of what `causal_softmax` made into those of its scores, in place; both bf16 `[..., keys]`."""
     keys = weights.shape[-1]
     call("causal_softmax_backward", weights, gradients, weights.numel() // keys, keys, first, piece)
+
+
+def attend_windows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of whole windows: softmax(scale Q K^T) V.
+
+    Args:
+        q: bf16 `[rows, heads, tokens, width]`. k, v: `[rows, kv_heads, tokens, width]`; neighbouring heads share them.
+            The width is a multiple of 32; the numbers of a head lie side by side.
+
+    Returns:
+        bf16 `[rows, heads, tokens, width]`, in memory heads next to each other; and the logarithms of what the weights
+        were divided by, fp32 `[rows, heads, tokens]`.
+    """
+    rows, heads, tokens, width = q.shape
+    out, logs = _heads_inside(q), q.new_empty(rows, heads, tokens, dtype=torch.float32)
+    at = _strides(q, k, v, out)
+    call("attend_windows", q, k, v, out, logs, at, scale, rows, heads, k.shape[1], tokens, width)
+    return out, logs
+
+
+def attend_windows_backward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, logs: torch.Tensor, gradient: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What the gradient of `attend_windows`' result hands on to q, k and v."""
+    rows, heads, tokens, width = q.shape
+    gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
+    found = tuple(map(_heads_inside, (q, k, v)))
+    at = _strides(q, k, v, out, gradient, *found)
+    call("attend_windows_backward", q, k, v, out, logs, gradient, *found, at, scale, rows, heads, k.shape[1], tokens, width)
+    return found
+
+
+def _heads_inside(like: torch.Tensor) -> torch.Tensor:
+    """Room for `[rows, heads, tokens, width]`, in memory `[rows, tokens, heads, width]`, as linears like it."""
+    rows, heads, tokens, width = like.shape
+    return like.new_empty(rows, tokens, heads, width).transpose(1, 2)
+
+
+def _strides(*tensors: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([tensor.stride()[:3] for tensor in tensors])
 
 
 def round_columns(
