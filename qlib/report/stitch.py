@@ -3,6 +3,7 @@
 All are nbconvert preprocessors: functions of notebook and resources that return both.
 """
 
+import re
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -29,6 +30,9 @@ __all__ = ["current_prose", "strip_banners", "fill_placeholders", "insert_strate
 Preprocessor = Callable[[NotebookNode, dict], tuple[NotebookNode, dict]]
 BANNER = "papermill-error-cell-tag"
 STITCHED = ("summary", "figure")
+#: A figure of a finished page, and the number that it has there.
+FIGURE = re.compile(r'<figure class="fig" id="([^"]+)">.*?</figure>', re.DOTALL)
+NUMBERED = re.compile(r'<span class="number">[^<]*</span> ?')
 
 
 def tags(cell: NotebookNode) -> list[str]:
@@ -146,7 +150,9 @@ def _section(book: Book, entry: Entry) -> list[NotebookNode]:
                 output.data["text/html"] = scope_ids(output.data["text/html"], own)
         parts.append(_cell(outputs))
     elif entry.measurements:
-        parts.append(_html_cell(scope_ids(summary(entry.record)._repr_html_(), own)))
+        figures = _kept_figures(entry.kept_page) if entry.kept_page else []
+        shown = [*figures, summary(entry.record)._repr_html_()]
+        parts += [_html_cell(scope_ids(html, own)) for html in shown]
     return [*parts, _html_cell("</details>", bare=True)]
 
 
@@ -156,6 +162,12 @@ def _tagged(file: Path) -> list[NotebookNode]:
     wanted = [cell for cell in notebook.cells if cell.cell_type == "code" and set(tags(cell)) & set(STITCHED)]
     shown = (out for cell in wanted for out in cell.outputs if out.output_type in ("display_data", "execute_result"))
     return [out for out in shown if not _is_empty(out.get("data", {}).get("text/html", ""))]
+
+
+def _kept_figures(page: Path) -> list[str]:
+    """The figures of a finished page, to be numbered anew: of a published record there is no executed notebook."""
+    found = FIGURE.finditer(page.read_text(encoding="utf-8"))
+    return [NUMBERED.sub(f'<span class="number" data-ref="{one[1]}"></span>', one[0], count=1) for one in found]
 
 
 def _is_empty(html: str) -> bool:

@@ -216,3 +216,21 @@ def test_the_pages_of_published_records_stay_beside_the_report(project):
     assert page.read_text() == '<a href="../mine.html">The report</a><p>executed long ago</p>'
     section = BeautifulSoup(target.read_text(), "html.parser").find(id="strategy-wanda-50").find_parent("details")
     assert section.find("a", href="notebooks/wanda-50.html")
+    assert section.find("table") and not section.find("figure")
+
+
+def test_the_figures_of_those_pages_stand_in_the_report_under_its_own_numbers(project):
+    reports = project / "reports"
+    kept = reports / "published" / "notebooks" / "wanda-50.html"
+    kept.parent.mkdir()
+    caption = '<figcaption><span class="caption"><span class="number">Figure {}.</span> {}.</span></figcaption>'
+    figure = '<figure class="fig" id="fig-{}"><svg role="img" aria-label="a"><title>a</title><use href="#m"/></svg>{}</figure>'
+    figures = [figure.format(name, caption.format(at, name)) for at, name in ((7, "errors"), (8, "stayed"))]
+    kept.write_text(f"<p>long ago</p>{figures[0]}<p>and</p>{figures[1]}")
+    target = render(project, reports / "runs", reports / "published", reports / "mine.html")
+    page = BeautifulSoup(target.read_text(), "html.parser")
+    found = page.find(id="strategy-wanda-50").find_parent("details").find_all("figure")
+    assert [one["id"] for one in found] == ["fig-wanda-50-errors", "fig-wanda-50-stayed"]
+    numbers = [one.find(class_="number").text for one in page.find_all("figure") if one.find(class_="number")]
+    assert numbers == [f"Figure {at + 1}." for at in range(len(numbers))]
+    assert check_html(target) == []
