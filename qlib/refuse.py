@@ -16,8 +16,8 @@ def check_recipe(subject: Subject, steps: list[tuple[ModuleType, Any]]) -> None:
     """Hold every step against the steps before it and against the model.
 
     Passes say what they need by constants of their module: ``NEEDS_FLOAT`` (weights that are on no grid yet),
-    ``NEEDS_WHOLE`` (weights of which none was pruned), ``PREPARES`` (a later pass with a grid), ``PLAIN_INTEGERS`` (no
-    other grid before it); and what they leave behind: ``PACKS``, ``PRUNES``. A grid in the options packs as well.
+    ``NEEDS_WHOLE`` (weights of which none was pruned), ``PREPARES`` (a later pass with a grid), ``PLANS_SPARSITY`` (a later
+    pass that prunes, without a pattern), ``PLAIN_INTEGERS`` (no other grid before it); and what they leave behind: ``PACKS``, ``PRUNES``. A grid in the options packs as well.
 
     Raises:
         UserError: the first thing that cannot work.
@@ -50,6 +50,11 @@ def _out_of_order(subject: Subject, before: list, module: ModuleType, after: lis
         return "would fill what was pruned; it must come before pruning"
     if hasattr(module, "PREPARES") and not any(hasattr(options, "grid") for _, options in after):
         return "prepares for a grid, but none follows, e.g. rtn"
+    pruning = [options for one, options in after if hasattr(one, "PRUNES") and hasattr(options, "sparsity")]
+    if hasattr(module, "PLANS_SPARSITY") and not pruning:
+        return "chooses how much of each linear goes, but no pass that prunes follows, e.g. wanda"
+    if hasattr(module, "PLANS_SPARSITY") and any(options.pattern for options in pruning):
+        return "chooses how much of each linear goes, but a later pass has a pattern, which says that itself"
     odd = [grid.name for grid in grids if grid.element != "int" or grid.real_zero or grid.activations]
     if hasattr(module, "PLAIN_INTEGERS") and odd:
         return f"works on plain integer grids, not on {odd[0]}"

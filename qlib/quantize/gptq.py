@@ -57,6 +57,7 @@ class Factor:
 
     Attributes:
         upper: fp32 `[in, in]`, U_ij / U_jj of the damped Hessian U U^T, rows and columns in the order of `order`.
+        pivots: fp32 `[in]`, U_jj^2: what an error of 1 costs in column j after all later columns have made up for it.
         energy: fp32 `[in]`, the mean square of each input, up to a factor.
         dead: bool `[in]`, columns whose input was always 0.
         order: int64 `[in]`, the columns in the order they are rounded; None: from left to right.
@@ -64,6 +65,7 @@ class Factor:
     """
 
     upper: torch.Tensor
+    pivots: torch.Tensor
     energy: torch.Tensor
     dead: torch.Tensor
     order: torch.Tensor | None = None
@@ -150,8 +152,9 @@ def factorize(hessian: torch.Tensor, damp: float = 0.01, act_order: bool = False
         damped, failed = torch.linalg.cholesky_ex(damped)
         if failed == 0:
             upper = damped.flip(0, 1)
-            upper /= upper.diagonal().clone()
-            return Factor(upper, energy, dead, order, share)
+            diagonal = upper.diagonal().clone()
+            upper /= diagonal
+            return Factor(upper, diagonal.square(), energy, dead, order, share)
     raise UserError(
         f"damp: {damp} and up to {share:g} leave the Hessian of {len(hessian)} inputs singular; "
         "allowed: more damping, or more calibration samples"
