@@ -23,7 +23,16 @@ def layer_frame(layers: list[dict], strategy: str = ""):
 
 
 def pruned_frame(details: dict, strategy: str = ""):
-    """strategy, block, linear, error: of the weights that were masked, or of the outputs of a narrowed model."""
+    """strategy, block, linear, error: of the weights that were masked, or of the outputs of a narrowed model.
+
+    Of a shortened model: 1 - cosine between what reached each block and what it made of it, and the errors at gaps.
+    """
+    if details.get("depth"):
+        rows = [{"block": block, "linear": "1 - cosine", "error": one} for block, one in enumerate(details["depth"]["influence"])]
+        for one in details["depth"]["patches"]:
+            kinds = {"gap": "error_plain", "gap, patched": "error"}
+            rows += [{"block": one["block"], "linear": kind, "error": one[key]} for kind, key in kinds.items()]
+        return data_frame([{"strategy": strategy, **row} for row in rows], ["strategy", "block", "linear", "error"])
     if not details.get("width"):
         return layer_frame(details.get("layers") or [], strategy)
     parts = {"o_proj": "attention_error", "o_proj before": "attention_error_plain"}
@@ -48,7 +57,9 @@ def kept_frame(panels: dict[str, Any]):
 
 
 def stayed_frame(subject: Any, size: int = 32):
-    """The same of a pruned subject: the heads of a narrowed one by block, or else corners of two of the masks."""
+    """The same of a pruned subject: the blocks of a shortened one, the heads of a narrowed one, or corners of two masks."""
+    if depth := subject.details.get("depth"):
+        return kept_frame({"Blocks": [[block not in depth["gone"] for block in range(len(depth["influence"]))]]})
     width = subject.details.get("width")
     if width:
         count = round(len(width[0]["heads"]) / subject.details["kept"]["heads"])
