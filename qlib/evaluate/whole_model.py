@@ -78,9 +78,11 @@ def rounds_of(details: dict) -> Rounds:
     )
 
 
-def model_floor(shape: Shape, rounds: Rounds, format: Format, context: int) -> dict[str, float]:
-    """Least time of a decode step, and the speed-up over a bf16 kernel that would run at its own floor."""
-    ideal = rounds.floor(shape, BASELINE, context) / rounds.model(shape, "decode", format)
+def model_floor(
+    shape: Shape, rounds: Rounds, format: Format, context: int, whole: Shape | None = None
+) -> dict[str, float]:
+    """Least time of a decode step, and the speed-up over a bf16 kernel that would run at its own floor (of `whole`)."""
+    ideal = rounds.floor(whole or shape, BASELINE, context) / rounds.model(shape, "decode", format)
     return {
         "decode_ms": float(np.median(rounds.floor(shape, format, context))),
         "speedup_over_bf16_floor": float(np.median(ideal)),
@@ -88,16 +90,21 @@ def model_floor(shape: Shape, rounds: Rounds, format: Format, context: int) -> d
 
 
 def model_figures(
-    shape: Shape, rounds: Rounds, format: Format, context: int, new_tokens: int, conditions: str, seed: int = 0
-) -> dict[str, dict]:
+    shape: Shape, rounds: Rounds, format: Format, context: int, new_tokens: int, conditions: str, seed: int = 0,
+    whole: Shape | None = None,
+) -> dict[str, dict]:  # fmt: skip
     """All measurements of a format or a mix: sizes, latencies with intervals, and what packing took.
+
+    Args:
+        whole: the shape of the baseline, where layers are gone.
 
     Raises:
         KeyError: a format, or a linear of it, was not timed.
     """
-    own, base = ({phase: rounds.model(shape, phase, name) for phase in PHASES} for name in (format, BASELINE))
+    pairs = ((shape, format), (whole or shape, BASELINE))
+    own, base = ({phase: rounds.model(one, phase, name) for phase in PHASES} for one, name in pairs)
     request, base_request = (times["prefill"] + new_tokens * times["decode"] for times in (own, base))
-    over_floor = model_floor(shape, rounds, format, context)["speedup_over_bf16_floor"]
+    over_floor = model_floor(shape, rounds, format, context, whole)["speedup_over_bf16_floor"]
     notes = {"latency.decode_speedup": f"{over_floor:.2f} x against a bf16 kernel at the bandwidth measured; "}
     share = rounds.floor(shape, format, context) / own["decode"]
     rows = [

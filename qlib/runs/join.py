@@ -1,6 +1,7 @@
 """Put the figures of the speed records beside a strategy's own: `shape.size.*`, `shape.latency.*`."""
 
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterable
@@ -40,13 +41,15 @@ def shape_measurements(record: dict[str, Any], speeds: Iterable[dict[str, Any]])
 
 def shape_figures(record: dict[str, Any], speed: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Figures of a record's format, or mix of formats, at the shape of a speed record; sizes only if it was not timed."""
-    format = record.get("shape_format") or record.get("mix")
-    narrowed = any(share != 1 for share in (record.get("kept") or {}).values())
+    format, kept = record.get("shape_format") or record.get("mix"), record.get("kept") or {}
+    narrowed = any(share != 1 for name, share in kept.items() if name != "layers")
+    layers = kept.get("layers", 1)
     if not format or (narrowed and "@" not in json.dumps(format)):  # parts are gone that the format does not tell of
         return {}
-    if isinstance(format, str) and format in speed["formats"]:
+    if isinstance(format, str) and format in speed["formats"] and layers == 1:
         return speed["formats"][format]
-    return _computed(json.dumps(format), json.dumps(speed["model"]), json.dumps(speed.get("details") or {}), _context(speed))
+    given = (json.dumps(format), json.dumps(speed["model"]), json.dumps(speed.get("details") or {}))
+    return _computed(*given, _context(speed), layers)
 
 
 def _context(speed: dict[str, Any]) -> tuple[int, str]:
@@ -54,19 +57,28 @@ def _context(speed: dict[str, Any]) -> tuple[int, str]:
 
 
 @lru_cache(maxsize=256)
-def _computed(format: str, model: str, details: str, context: tuple[int, str]) -> dict[str, dict[str, Any]]:
-    """The figures that a speed record implies but does not hold; JSON in, so that the report computes each once."""
+def _computed(
+    format: str, model: str, details: str, context: tuple[int, str], layers: float
+) -> dict[str, dict[str, Any]]:
+    """The figures that a speed record implies but does not hold; JSON in, so that the report computes each once.
+
+    Args:
+        layers: share of the layers that is left.
+    """
     from qlib.evaluate.footprint import shape_footprint
     from qlib.evaluate.whole_model import NEW_TOKENS, model_figures, rounds_of
     from qlib.models.shapes import find_shape
 
     try:
-        shape = find_shape(json.loads(model))
+        whole = find_shape(json.loads(model))
+        shape = replace(whole, layers=max(1, round(layers * whole.layers)))
         sizes = shape_footprint(shape, json.loads(format))
     except UserError:  # a shape or format of another version
         return {}
     try:
-        return model_figures(shape, rounds_of(json.loads(details)), json.loads(format), context[0], NEW_TOKENS, context[1])
+        conditions = context[1] if shape == whole else f"{shape.layers} layers are left; whole: {context[1]}"
+        rounds = rounds_of(json.loads(details))
+        return model_figures(shape, rounds, json.loads(format), context[0], NEW_TOKENS, conditions, whole=whole)
     except KeyError:  # not timed
         return sizes
 

@@ -1,6 +1,7 @@
 """Timing: structure, pairing and honesty of the figures; the figures themselves depend on the machine."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -90,6 +91,11 @@ def test_a_mix_is_summed_up_linear_by_linear(timed):
         assert rounds.model(TINY, phase, mixed) == pytest.approx(expected, rel=1e-3)
     figures = model_figures(TINY, rounds, mixed, 16, 4, "")
     assert shape_footprint(TINY, mixed)["size.disk_bytes"] == figures["size.disk_bytes"] and "compress.seconds" not in figures
+    short = model_figures(replace(TINY, layers=1), rounds, "int8", 16, 4, "", whole=TINY)  # of a model with fewer layers
+    whole, head = rounds.model(TINY, "decode", "bf16"), np.array(timed["head"]["milliseconds"]["head"])
+    left = np.array(timed["layer"]["decode"]["milliseconds"]["int8"]) + head
+    assert short["latency.decode_ms"]["value"] == pytest.approx(np.median(left), rel=1e-3)
+    assert short["latency.decode_speedup"]["value"] == pytest.approx(np.median(whole / left), rel=1e-3)
     with pytest.raises(KeyError):
         rounds.model(TINY, "decode", {name: {"int2-g32": 0.5, "int8": 0.5} for name in TINY.linears})
 
