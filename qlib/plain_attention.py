@@ -57,7 +57,7 @@ class _Windows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
         out, logs = native.attend_windows(query, key, value, scale)
-        ctx.save_for_backward(query, key, value, out, logs)
+        ctx.save_for_backward(query, key, value, logs)
         ctx.scale = scale
         return out
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlib.layers import native
@@ -15,6 +15,7 @@ from qlib.plain_attention import PIECE, PlainAttention, _Causal, _Windows, causa
     tokens=st.integers(1, 2 * PIECE + 3), key_heads=st.integers(1, 2), sharing=st.integers(1, 3), seed=st.integers(0, 99),
     width=st.sampled_from([16, 32, 64]),
 )  # fmt: skip
+@example(tokens=2, key_heads=1, sharing=1, seed=7, width=64)  # gradients that nearly cancel
 def test_pieces_give_what_whole_matrices_give(tokens, key_heads, sharing, seed, width):
     """Heads of 16 numbers run torch's products, wider ones our kernels, where there are any."""
     random = torch.Generator().manual_seed(seed)

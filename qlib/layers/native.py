@@ -161,15 +161,14 @@ def attend_windows(
 
 
 def attend_windows_backward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, logs: torch.Tensor, gradient: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, logs: torch.Tensor, gradient: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the gradient of `attend_windows`' result hands on to q, k and v."""
     rows, heads, tokens, width = q.shape
     gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
     found = tuple(map(_heads_inside, (q, k, v)))
-    at = _strides(q, k, v, out, gradient, *found)
-    call("attend_windows_backward", q, k, v, out, logs, gradient, *found, at, scale, rows, heads, k.shape[1], tokens, width)
+    at = _strides(q, k, v, gradient, *found)
+    call("attend_windows_backward", q, k, v, logs, gradient, *found, at, scale, rows, heads, k.shape[1], tokens, width)
     return found
 
 

@@ -135,13 +135,13 @@ void attend_windows(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, floa
     }
 }
 
-// Letters as in the paper: dS = P (dP - rowsum(dO O)), dQ = dS K, dK = dS^T Q, dV = P^T dO; `at` tells of q, k, v, out, its
-// gradient, and the gradients of q, k and v.
-void attend_windows_backward(const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const float *logs,
-                             const bf16 *gradient, bf16 *to_q, bf16 *to_k, bf16 *to_v, const strides *at, float scale,
+// Letters as in the paper: dS = P (dP - rowsum(P dP)), dQ = dS K, dK = dS^T Q, dV = P^T dO. The paper's rowsum(dO O) is the same
+// number, but not where O was rounded to bf16. `at` tells of q, k, v, the gradient of the result, and those of q, k and v.
+void attend_windows_backward(const bf16 *q, const bf16 *k, const bf16 *v, const float *logs, const bf16 *gradient,
+                             bf16 *to_q, bf16 *to_k, bf16 *to_v, const strides *at, float scale,
                              long rows, long heads, long kv_heads, long tokens, long width, int threads) {
-    const strides *of_q = at, *of_k = at + 1, *of_v = at + 2, *of_out = at + 3, *of_given = at + 4, *of_dq = at + 5;
-    const strides *of_dk = at + 6, *of_dv = at + 7;
+    const strides *of_q = at, *of_k = at + 1, *of_v = at + 2, *of_given = at + 3, *of_dq = at + 4, *of_dk = at + 5;
+    const strides *of_dv = at + 6;
     long room = (tokens + QUERIES - 1) / QUERIES * QUERIES, half = width / 2, sharing = heads / kv_heads;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     EACH(task, rows * kv_heads) {
@@ -163,7 +163,6 @@ void attend_windows_backward(const bf16 *q, const bf16 *k, const bf16 *v, const 
                 long count = LEAST(QUERIES, tokens - first), end = first + QUERIES;
                 const bf16 *queries = q + m * of_q->row + h * of_q->head + first * of_q->token;
                 const bf16 *given = gradient + m * of_given->row + h * of_given->head + first * of_given->token;
-                const bf16 *made = out + m * of_out->row + h * of_out->head + first * of_out->token;
                 copy_rows(queries, of_q->token, count, some_q, QUERIES, width);
                 copy_rows(given, of_given->token, count, some_o, QUERIES, width);
                 pair_rows(queries, of_q->token, count, pairs_q, QUERIES, width);
@@ -171,20 +170,24 @@ void attend_windows_backward(const bf16 *q, const bf16 *k, const bf16 *v, const 
                 multiply(some_q, half, 1, turned_k, room, half, s, QUERIES, end, room, 0);
                 multiply(some_o, half, 1, turned_v, room, half, dp, QUERIES, end, room, 0);
                 for (long i = 0; i < QUERIES; i += 2) {
-                    float log_of[2] = {0, 0}, share[2] = {0, 0};
-                    EACH(b, 2) if (i + b < count) {
-                        log_of[b] = logs[(m * heads + h) * tokens + first + i + b];
-                        const bf16 *o = made + (i + b) * of_out->token, *d = given + (i + b) * of_given->token;
+                    float share[2];
+                    EACH(b, 2) {
+                        float *row = s + (i + b) * room, log_of = 0;  // scores become weights
+                        if (i + b < count) log_of = logs[(m * heads + h) * tokens + first + i + b];
                         __m512 sum = _mm512_setzero_ps();
-                        for (long c = 0; c < width; c += LANES) sum = _mm512_fmadd_ps(widen16(o + c), widen16(d + c), sum);
+                        for (long j = 0; j < end; j += LANES) {
+                            __mmask16 there = i + b < count ? seen_of(first + i + b + 1, j) : 0;
+                            __m512 p = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(scale), _mm512_set1_ps(log_of));
+                            p = _mm512_maskz_mov_ps(there, short_exp(p));
+                            _mm512_storeu_ps(row + j, p);
+                            sum = _mm512_fmadd_ps(p, _mm512_loadu_ps(dp + (i + b) * room + j), sum);
+                        }
                         share[b] = _mm512_reduce_add_ps(sum);
                     }
                     for (long j = 0; j < end; j += LANES) {
                         __m512i both_p = _mm512_setzero_si512(), both_s = both_p;
                         EACH(b, 2) {
-                            __mmask16 there = i + b < count ? seen_of(first + i + b + 1, j) : 0;
-                            __m512 p = _mm512_fmsub_ps(_mm512_loadu_ps(s + (i + b) * room + j), _mm512_set1_ps(scale), _mm512_set1_ps(log_of[b]));
-                            p = _mm512_maskz_mov_ps(there, short_exp(p));
+                            __m512 p = _mm512_loadu_ps(s + (i + b) * room + j);
                             __m512 ds = _mm512_sub_ps(_mm512_loadu_ps(dp + (i + b) * room + j), _mm512_set1_ps(share[b]));
                             ds = _mm512_mul_ps(_mm512_mul_ps(ds, p), _mm512_set1_ps(scale));
                             __m256i narrow_s = (__m256i)_mm512_cvtneps_pbh(ds);
