@@ -72,6 +72,7 @@ def _linears(device: torch.device) -> list[Row]:
 def _whole_model(device: torch.device) -> Row:
     """Greedy decoding of the whole int4 model with a static cache, as a user would wait for it."""
     shape, random = find_shape("qwen-72b"), torch.Generator().manual_seed(0)
+    torch.cuda.reset_peak_memory_stats()
     model = parts.build_model(shape, "int4-g128", PlainLinear, random, device)
     decoder, prompt = Decoder(model, PROMPT + TOKENS), torch.arange(PROMPT, device=device)
     decoder(prompt)  # kernels are compiled and chosen

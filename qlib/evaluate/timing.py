@@ -46,10 +46,8 @@ class Timed:
     settled: bool
 
 
-def time_rounds(
-    calls: Calls, rounds: int, device: torch.device, batches: int = BATCHES, record: bool = True
-) -> Timed:
-    """Time calls against each other in one process.
+def time_rounds(calls: Calls, rounds: int, device: torch.device, batches: int = BATCHES) -> Timed:
+    """Time calls against each other in one process; on a GPU they are replayed as graphs, so that no Python is timed.
 
     Args:
         calls: name -> callables that do the same on different copies of their data. A round runs the next callables of
@@ -58,9 +56,8 @@ def time_rounds(
         rounds: number of rounds that count.
         batches: upper bound of warm-up batches. Warming up ends once the median of every name moves by less than 5 %
             from one batch of rounds to the next.
-        record: on a GPU, replay the calls as graphs, so that no Python is timed.
     """
-    if device.type == "cuda" and record:
+    if device.type == "cuda":
         calls = {name: [recorded(call) for call in copies] for name, copies in calls.items()}
     before: dict[str, float] = {}
     warm_up, settled, turn, begun = 0, False, 0, time.perf_counter()
