@@ -113,7 +113,7 @@ def _later_grid(steps: list[Step], group: list[Step]) -> Any:
 
 def _calibration_ids(subject: Subject, steps: list[Step], calibration: Any, seed: int) -> list[torch.Tensor]:
     """Token ids for the passes that feed on data; none are read for those that do not."""
-    if not any(_feeds(module, options) or getattr(module, "CALIBRATES", False) for module, options in steps):
+    if not any(_reads(module, options) for module, options in steps):
         return []
     if calibration is None:
         raise UserError("calibration: is missing, but a pass of the recipe feeds on data")
@@ -124,9 +124,15 @@ def _calibration_ids(subject: Subject, steps: list[Step], calibration: Any, seed
     return read_calibration(subject.tokenizer, calibration, seed)
 
 
+def _reads(module: ModuleType, options: Any) -> bool:
+    """Whether a pass looks at calibration text."""
+    able = hasattr(module, "Statistic") or getattr(module, "CALIBRATES", False)
+    return able and getattr(module, "feeds", lambda options: True)(options)
+
+
 def _feeds(module: ModuleType, options: Any) -> bool:
     """Whether a linear pass feeds on data."""
-    return hasattr(module, "Statistic") and getattr(module, "feeds", lambda options: True)(options)
+    return hasattr(module, "Statistic") and _reads(module, options)
 
 
 def _walk(

@@ -10,7 +10,8 @@ By scope, a pass has the function
   the uncompressed model makes of the same text;
 - `plan`: ``plan(subject, options, context)``; changes nothing and returns options for later passes by linear;
 - `model`: ``apply(subject, options, context)``; changes the model in place and returns the subject.
-Block, plan and model passes that read calibration windows say so with ``CALIBRATES = True``. Any pass may have
+Block, plan and model passes that read calibration windows say so with ``CALIBRATES = True``, and with ``feeds(options)``
+if not all options do. Any pass may have
 ``check(subject, options)``, which refuses what cannot work before anything is changed.
 """
 

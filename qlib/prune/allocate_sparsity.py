@@ -14,10 +14,11 @@ from qlib.errors import UserError
 from qlib.models.families import blocks_of, family_of, linears_of
 from qlib.models.load import Subject
 from qlib.prune import wanda
+from qlib.prune.select import check_share
 from qlib.recipe import Context
 from qlib.walk import feed_groups, walk
 
-__all__ = ["Options", "SCOPE", "CALIBRATES", "NEEDS_FLOAT", "PLANS_SPARSITY", "check", "plan", "global_shares", "outlier_shares"]
+__all__ = ["Options", "SCOPE", "CALIBRATES", "NEEDS_FLOAT", "PLANS_SPARSITY", "check", "feeds", "plan", "global_shares", "outlier_shares"]
 
 SCOPE = "plan"
 CALIBRATES = True
@@ -42,8 +43,12 @@ class Options:
     spread: float = field(default=0.08, metadata={"minimum": 0})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise UserError(f"sparsity: {self.sparsity} is not allowed; allowed: at least 0, less than 1")
+        check_share(self.sparsity)
+
+
+def feeds(options: Options) -> bool:
+    """Whether these options look at text."""
+    return options.by == "outliers"
 
 
 def check(subject: Subject, options: Options) -> None:

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qlib.errors import UserError
 from qlib.prune.mask import PrunedWeight
-from qlib.prune.select import check_sparsity, choose_mask
+from qlib.prune.select import check_share, check_sparsity, choose_mask
 
 __all__ = ["Options", "SCOPE", "NEEDS_FLOAT", "check", "solve"]
 
@@ -29,8 +28,7 @@ class Options:
     pattern: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise UserError(f"sparsity: {self.sparsity} is not allowed; allowed: at least 0, less than 1")
+        check_share(self.sparsity)
 
 
 def solve(

@@ -9,7 +9,7 @@ from qlib.errors import UserError
 from qlib.models.families import blocks_of, linears_of
 from qlib.prune.mask import misfit
 
-__all__ = ["choose_mask", "drop_lowest", "read_pattern", "check_sparsity"]
+__all__ = ["choose_mask", "drop_lowest", "read_pattern", "check_share", "check_sparsity"]
 
 
 def choose_mask(
@@ -68,6 +68,16 @@ def read_pattern(pattern: str) -> tuple[int, int]:
     if not found or int(found[1]) > int(found[2]):
         raise UserError(f"pattern: '{pattern}' is not allowed; allowed: N:M, to keep N of every M inputs, 1 <= N <= M")
     return int(found[1]), int(found[2])
+
+
+def check_share(sparsity: float) -> None:
+    """Refuse a share of weights that cannot go.
+
+    Raises:
+        UserError: names what is allowed.
+    """
+    if not 0 <= sparsity < 1:
+        raise UserError(f"sparsity: {sparsity} is not allowed; allowed: at least 0, less than 1")
 
 
 def check_sparsity(subject: Any, options: Any) -> None:

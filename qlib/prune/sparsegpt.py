@@ -13,7 +13,7 @@ import torch
 
 from qlib.errors import UserError
 from qlib.prune.mask import PrunedWeight
-from qlib.prune.select import check_sparsity, choose_mask, read_pattern
+from qlib.prune.select import check_share, check_sparsity, choose_mask, read_pattern
 from qlib.quantize.gptq import Factor, Statistic
 
 __all__ = ["Options", "SCOPE", "NEEDS_FLOAT", "Statistic", "check", "prune_columns", "solve"]
@@ -41,8 +41,7 @@ class Options:
     damp: float = field(default=0.01, metadata={"minimum": 0})
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise UserError(f"sparsity: {self.sparsity} is not allowed; allowed: at least 0, less than 1")
+        check_share(self.sparsity)
 
 
 def check(subject: Any, options: Options) -> None:
