@@ -13,9 +13,11 @@ from qlib.allocator import keep_freed_memory
 from qlib.errors import UserError
 from qlib.evaluate.memory import track_peak
 from qlib.layers import PackedLinear, pack
+from qlib.layers.sparse_storage import count_survivors
 from qlib.models.families import blocks_of, family_of, linears_of
 from qlib.models.load import Subject
-from qlib.prune.mask import PrunedWeight, mark_pruned, mask_of, put_pruned
+from qlib.prune.mask import PrunedWeight, is_pruned, mark_pruned, mask_of, put_pruned
+from qlib.quantize.grid import rows_at_once
 from qlib.recipe import BlockContext, Context, read_recipe
 from qlib.refuse import check_recipe
 from qlib.record import Measurement
@@ -72,9 +74,17 @@ def compress(subject: Subject, recipe: list[dict[str, Any]], calibration: Any = 
 def shape_details(subject: Subject) -> dict[str, Any]:
     """Under which format the speed records know this model: `shape_format`, and `mix` where linears differ.
 
-    A mix names for each linear of a block the share of blocks that have it in each format.
+    A mix names for each linear of a block the share of blocks that have it in each format. Where weights were pruned,
+    `kept` tells the share of the weights of all linears that is not 0.
     """
     blocks = blocks_of(subject.model)
+    linears = [linear for block in blocks for linear in linears_of(subject.model, block).values()]
+    kept = {}
+    if any(map(is_pruned, linears)):
+        weights = [linear.out_features * linear.in_features for linear in linears]
+        stayed = [count_survivors(linear) if is_pruned(linear) else count for linear, count in zip(linears, weights)]
+        whole = {"heads": 1.0, "ffn": 1.0, "layers": 1.0}
+        kept = {"kept": whole | subject.details.get("kept", {}) | {"weights": sum(stayed) / sum(weights)}}
     formats: dict[str, list[str]] = {}
     for block in blocks:
         for name, linear in linears_of(subject.model, block).items():
@@ -82,12 +92,12 @@ def shape_details(subject: Subject) -> dict[str, Any]:
     narrowed = subject.details.get("narrowed", "")
     known = sorted({one for column in formats.values() for one in column})
     if len(known) == 1:
-        return {"shape_format": known[0] + narrowed}
+        return kept | {"shape_format": known[0] + narrowed}
     mix = {
         name: {one + narrowed: column.count(one) / len(column) for one in dict.fromkeys(column)}
         for name, column in formats.items()
     }
-    return {"shape_format": None, "mix": mix}
+    return kept | {"shape_format": None, "mix": mix}
 
 
 def _name(module: ModuleType) -> str:
@@ -229,7 +239,7 @@ def _solve(visit: Visit, names: tuple[str, ...], steps: list[Step], statistics: 
     solved, pruned = weight, [one is not None for one in masks]
     for (module, options), statistic in zip(steps, statistics):
         result = module.solve(solved, options, mask=mask, statistic=statistic)
-        if isinstance(result, PrunedWeight):
+        if hasattr(module, "PRUNES"):
             mask, pruned = result.mask, [True] * len(linears)
         solved = result.dequantize()
     layers, first = {}, 0
@@ -259,8 +269,9 @@ def _put(block: nn.Module, name: str, linear: nn.Linear, result: Any, mask: torc
 
 def _figures(weight: torch.Tensor, solved: torch.Tensor, grid: str, mask: torch.Tensor | None) -> dict[str, Any]:
     """What the record tells of a linear: its format, the relative error of its weight, the share that was kept."""
-    error = ((solved - weight.float()).norm() / weight.float().norm()).item()
-    return {"grid": grid, "error": error, "kept": 1.0 if mask is None else mask.float().mean().item()}
+    pairs = zip(solved.split(rows_at_once(weight)), weight.split(rows_at_once(weight)))
+    off, whole = (sum(one) for one in zip(*(((a - b.float()).square().sum(), b.float().square().sum()) for a, b in pairs)))
+    return {"grid": grid, "error": (off / whole).sqrt().item(), "kept": 1.0 if mask is None else mask.float().mean().item()}
 
 
 def _planned(options: Any, planned: dict[str, Any]) -> Any:

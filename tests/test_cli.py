@@ -168,6 +168,13 @@ def test_show_joins_the_figures_of_the_shape(root, capsys):
     mix = {name: {"int8": 0.5, "int4-g128": 0.5} for name in find_shape("qwen-72b").linears}
     mixed = joined(_record("x", shape_format=None, mix=mix), speeds)["measurements"]
     assert 40e9 < mixed["shape.size.disk_bytes"]["value"] < 70e9
+    whole, half = (
+        joined(_record("x", shape_format="bf16", kept={"weights": share}), speeds)["measurements"] for share in (1.0, 0.5)
+    )
+    linears = find_shape("qwen-72b").layers * find_shape("qwen-72b").linear_parameters
+    saved = whole["shape.size.disk_bytes"]["value"] - half["shape.size.disk_bytes"]["value"]
+    assert saved == linears * (16 - 1 - 8) / 8  # a bit of mask, and half of the weights
+    assert whole["shape.size.resident_bytes"] == half["shape.size.resident_bytes"]
     assert cli.main(["show", "rtn-int8"]) == 0
     assert "shape.latency.decode_ms" in capsys.readouterr().out
 

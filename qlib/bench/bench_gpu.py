@@ -1,4 +1,4 @@
-"""On a GPU: one true layer of Qwen-72B against torchao and gptqmodel, the whole int4 model, GPTQ of a layer."""
+"""On a GPU: one true layer of Qwen-72B against torchao and gptqmodel, 2:4, the whole int4 model, GPTQ of a layer."""
 
 import time
 from pathlib import Path
@@ -17,13 +17,16 @@ from qlib.evaluate.fastest import PlainLinear
 from qlib.evaluate.roofline import ReadProbe
 from qlib.evaluate.timing import median_interval, time_rounds
 from qlib.layers.decode import Decoder
+from qlib.layers.semi_structured import SemiStructuredLinear
 from qlib.models.shapes import find_shape
+from qlib.prune.select import choose_mask
 
 __all__ = ["NEEDS", "measure"]
 
 #: Without it, rows that another machine measured stay.
 NEEDS = "cuda"
-ROWS, ROUNDS = (1, 16, 64, 256, 2048), 15
+ROWS, ROUNDS = (1, 4, 16, 64, 256, 2048), 15
+SPARSE = "bf16 2:4"
 OURS = ("int4-g128", "int8", "int8-a8", "fp8-a8")
 PROMPT, TOKENS = 256, 128
 CALIBRATION = (16, 512)
@@ -47,6 +50,10 @@ def _linears(device: torch.device) -> list[Row]:
     for format in OURS:
         layers[format] = [parts.build_layer(shape, format, PlainLinear, device, random)[0]]
     versions, failed = {}, {}
+    try:
+        layers[SPARSE] = [parts.build_layer(shape, "bf16", _two_of_four, device, random)[0]]
+    except (RuntimeError, NotImplementedError) as error:  # this GPU, or this build of torch, has no such product
+        failed[SPARSE] = str(error).splitlines()[0]
     for name in GUESTS:
         try:
             form, versions[name] = form_of(name)
@@ -57,8 +64,14 @@ def _linears(device: torch.device) -> list[Row]:
     for rows in ROWS:
         times = batch_rounds(shape, layers, rows, device, random, ROUNDS)
         how = ", ".join(f"{name} {median_interval(one)[0]:.3f} ms" for name, one in times.items())
+        where = f"linears of a 72B layer, {rows} row{'s' if rows > 1 else ''}:"
+        if SPARSE in failed:
+            found.append(missing(f"{where} {SPARSE} over bf16", ">= 1", "times", failed[SPARSE]))
+        else:
+            ratio = time_ratio(times["bf16"], times[SPARSE])
+            found.append(judge(f"{where} {SPARSE} over bf16", ">= 1", ratio, "times", how))
         for format in OURS:
-            name = f"linears of a 72B layer, {rows} row{'s' if rows > 1 else ''}: {format} over"
+            name = f"{where} {format} over"
             found.append(judge(f"{name} bf16", ">= 1", time_ratio(times["bf16"], times[format]), "times", how))
             for guest in (one for one, (_, same, _) in GUESTS.items() if same == format):
                 if guest in failed:
@@ -67,6 +80,10 @@ def _linears(device: torch.device) -> list[Row]:
                 ratio = time_ratio(times[guest], times[format])
                 found.append(judge(f"{name} {guest}", ">= 1", ratio, "times", f"{versions[guest]}; {how}"))
     return found
+
+
+def _two_of_four(weight: torch.Tensor, bias: torch.Tensor | None) -> SemiStructuredLinear:
+    return SemiStructuredLinear(weight * choose_mask(weight.abs(), 0.5, "2:4"), bias)
 
 
 def _whole_model(device: torch.device) -> Row:

@@ -12,13 +12,15 @@ __all__ = ["Row", "judge", "missing", "time_ratio"]
 
 @dataclass(frozen=True)
 class Row:
-    """One target.
+    """One target, or the answer to a question.
 
     Attributes:
-        name: what was compared, e.g. ``gptq int4: speed over llm-compressor``. target: with its sense, e.g. ``>= 1.5``.
+        name: what was compared, e.g. ``gptq int4: speed over llm-compressor``. target: with its sense, e.g. ``>= 1.5``;
+            empty: there is none.
         measured: None if it could not be measured; `how` then says why. low, high: its 95 % interval, where one is known.
         unit: ``times`` for ratios of time, ``fraction``, ``seconds``, ``ratio``.
-        met: whether the interval's bad end meets the target; None if the target lies inside ("not resolved").
+        met: whether the interval's bad end meets the target; None if the target lies inside ("not resolved"), or
+            there is none.
         how: settings, versions and counts in one line.
     """
 

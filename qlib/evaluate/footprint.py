@@ -13,10 +13,12 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.layers import resident_bytes
+from qlib.layers.sparse_storage import count_survivors, sparse_bytes
 from qlib.layers.storage import stored_bytes
 from qlib.models.families import blocks_of, linears_of
 from qlib.models.packed import coded_modules
 from qlib.models.shapes import Shape
+from qlib.prune.mask import is_pruned
 from qlib.quantize.formats import ELEMENTS, Grid
 from qlib.record import Measurement
 
@@ -82,12 +84,15 @@ def measure_footprint(model: nn.Module) -> dict[str, dict]:
     """Bytes in memory and effective bits per weight of a real model, as ``size.*`` measurements.
 
     Memory is that of all parameters and buffers, shared storage counted once. ``size.bits_per_weight`` is over the
-    linears of the blocks, scales and zeros included; ``_total`` is over all weights. Zeros in a dense weight count in full.
+    linears of the blocks, scales and zeros included; ``_total`` is over all weights. Both as on disk, where the zeros of a
+    mask are left out if that takes less (see `qlib.layers.sparse_storage`); in memory they count in full.
     """
     coded = coded_modules(model).values()
     parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
     linears = [linear for block in blocks_of(model) for linear in linears_of(model, block).values()]
-    stored = sum(map(_stored_bytes, coded)) + _storage_bytes(parameters)
+    masked = [linear for linear in linears if is_pruned(linear) and hasattr(linear, "weight")]
+    left_out = sum(linear.weight.nbytes - _stored_bytes(linear) for linear in masked)
+    stored = sum(map(_stored_bytes, coded)) + _storage_bytes(parameters) - left_out
     weights = sum(map(_weights, coded)) + sum(parameter.numel() for parameter in parameters)
     inside = sum(map(_stored_bytes, linears))
     storages = _storage_bytes([*model.parameters(), *model.buffers()])
@@ -116,7 +121,10 @@ def _weights(module: nn.Module) -> int:
 
 
 def _stored_bytes(module: nn.Module) -> int:
-    """Bytes of a weight in a checkpoint, without bias."""
+    """Bytes of a weight in a checkpoint, without bias; zeros that are a mask are not stored where that takes less."""
+    if is_pruned(module):
+        shape = (module.out_features, module.in_features)
+        return sparse_bytes(getattr(module, "grid", None), shape, count_survivors(module))
     if hasattr(module, "weight"):
         return module.weight.numel() * module.weight.element_size()
     return stored_bytes(module.grid, module.out_features, module.in_features)
@@ -128,10 +136,13 @@ def _storage_bytes(tensors) -> int:
     return sum(storages.values())
 
 
-def shape_footprint(shape: Shape, format: Format) -> dict[str, dict]:
+def shape_footprint(shape: Shape, format: Format, stayed: float = 1.0) -> dict[str, dict]:
     """The ``size.*`` measurements of a model of this shape in a format, by arithmetic.
 
     The linears of the layers are in the format; embedding, head, norms and biases stay in bf16.
+
+    Args:
+        stayed: share of the weights of the linears that is not 0; the zeros of a mask are not stored where that takes less.
     """
     disk = resident = weights = 0.0
     for name, shares in linear_formats(shape, format).items():
@@ -139,7 +150,7 @@ def shape_footprint(shape: Shape, format: Format) -> dict[str, dict]:
             grid, size = grid_of(one), narrowed_shape(shape, one).linears[name]
             count = share * shape.layers * size[0] * size[1]
             weights += count
-            disk += share * shape.layers * stored_bytes(grid, *size) if grid else BF16 * count
+            disk += share * shape.layers * sparse_bytes(grid, size, stayed * size[0] * size[1])
             resident += share * shape.layers * resident_bytes(grid, *size) if grid else BF16 * count
     own = narrowed_shape(shape, some_format(format))
     kept = BF16 * (own.parameters - own.layers * own.linear_parameters)

@@ -37,13 +37,17 @@ def _export(options: argparse.Namespace, root: Path) -> None:
     from qlib.export.vllm_check import VERSION, problems
     from qlib.models.load import load
     from qlib.models.save import save
+    from qlib.prune.mask import is_pruned
 
     folder = options.output
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output: {folder} is there already; name a folder that is not")
     source = options.name if isinstance(options.name, Path) else _model_of(options.name, options.runs, options.model)
-    size = save(load(str(source)), folder, options.format)["size.disk_bytes"].value
+    subject = load(str(source))
+    size = save(subject, folder, options.format)["size.disk_bytes"].value
     print(f"{folder}: {options.format} of {source}, {size / 1e6:,.1f} MB")
+    if options.format != "packed" and any(map(is_pruned, subject.model.modules())):
+        print("its zeros are stored like other weights: no program but qlib reads a file without them")
     if options.format in ("gptq", "compressed_tensors"):
         found = problems(folder)
         print(f"vLLM {VERSION}: {'loads it' if not found else 'would refuse it:'}")

@@ -31,12 +31,12 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
         return codes.contiguous()
     count = codes.shape[1]
     per, width = _word(bits)
-    codes = F.pad(codes, (0, -count % per)).view(len(codes), -1, per)  # [rows, words, codes of a word]
+    codes = F.pad(codes, (0, -count % per)).view(len(codes), -(-count // per), per)  # [rows, words, codes of a word]
     words = torch.zeros(codes.shape[:2], dtype=torch.int64 if per * bits > 8 else torch.uint8, device=codes.device)
     for index in range(per):
         words |= codes[..., index].to(words.dtype) << (index * bits)
-    packed = words.view(torch.uint8).view(*words.shape, -1)[..., :width]  # a word's low bytes come first
-    return packed.reshape(len(codes), -1)[:, : packed_width(count, bits)].contiguous()
+    packed = words[..., None].view(torch.uint8)[..., :width]  # a word's low bytes come first
+    return packed.flatten(1)[:, : packed_width(count, bits)].contiguous()
 
 
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -44,12 +44,13 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if bits == 8:
         return packed
     per, width = _word(bits)
-    packed = F.pad(packed, (0, -packed.shape[1] % width)).view(len(packed), -1, width)  # [rows, words, bytes of a word]
+    packed = F.pad(packed, (0, -packed.shape[1] % width))
+    packed = packed.view(len(packed), packed.shape[1] // width, width)  # [rows, words, bytes of a word]
     words = packed[..., 0] if width == 1 else F.pad(packed, (0, 8 - width)).view(torch.int64)[..., 0]
     codes = torch.empty(*words.shape, per, dtype=torch.uint8, device=packed.device)
     for index in range(per):
         codes[..., index] = (words >> (index * bits)) & (2**bits - 1)
-    return codes.view(len(packed), -1)[:, :count].contiguous()
+    return codes.flatten(1)[:, :count].contiguous()
 
 
 def _word(bits: int) -> tuple[int, int]:

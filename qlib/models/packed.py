@@ -1,7 +1,8 @@
 """Which modules of a model hold codes, and how a checkpoint in qlib's packed format becomes such modules again."""
 
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 from safetensors import safe_open
@@ -10,9 +11,11 @@ from torch import nn
 from qlib.errors import UserError
 from qlib.layers import PackedLinear, pack
 from qlib.layers.embedding import PackedEmbedding, tied_head
+from qlib.layers.sparse_storage import sparse_codes, sparse_floats
 from qlib.layers.storage import expected_tensors, from_tensors
 from qlib.models.checkpoint import TensorEntry
 from qlib.models.families import family_of, is_tied
+from qlib.prune.mask import mark_pruned
 from qlib.quantize.grid import Grid
 
 __all__ = ["coded_modules", "share_codes", "load_packed"]
@@ -46,20 +49,32 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
     """
     from qlib.models.load import empty_model
 
-    layers = config.quantization_config["layers"]
+    layers, pruned = config.quantization_config["layers"], config.quantization_config.get("pruned", {})
     del config.quantization_config  # transformers knows no method of this name
     model = empty_model(config)
     read = _reader(entries, folder)
     for name, fields in layers.items():
         module, grid = model.get_submodule(name), Grid(**fields)
         shape = tuple(module.weight.shape)
-        tensors = {part: read(f"{name}.{part}") for part in expected_tensors(grid, shape)}
-        compressed = from_tensors(grid, tensors, shape)
+        survivors = pruned.get(name)
+        parts = [*expected_tensors(grid, shape), *(["mask"] if survivors is not None else [])]
+        tensors = {part: read(f"{name}.{part}") for part in parts}
+        with _named(folder, name):
+            told = (grid, tensors, shape)
+            compressed = from_tensors(*told) if survivors is None else sparse_codes(*told, survivors)
         if getattr(module, "bias", None) is not None:
             module.bias = nn.Parameter(read(f"{name}.bias"), requires_grad=False)
         packed = PackedEmbedding(compressed) if isinstance(module, nn.Embedding) else pack(module, compressed)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed)
+    for name, survivors in pruned.items():
+        linear = model.get_submodule(name)
+        if survivors is not None and name not in layers:
+            tensors = {part: read(f"{name}.{part}") for part in ("mask", "values")}
+            with _named(folder, name):
+                weight = sparse_floats(tensors, tuple(linear.weight.shape), survivors)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        mark_pruned(linear)
     shared = share_codes(model)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
@@ -75,6 +90,15 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
     if not shared:
         model.tie_weights()
     return model
+
+
+@contextmanager
+def _named(folder: Path, name: str) -> Iterator[None]:
+    """Say in which checkpoint and linear it is that something does not fit."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{folder}: {name}: {error}") from None
 
 
 def _reader(entries: dict[str, TensorEntry], folder: Path):

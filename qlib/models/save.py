@@ -12,7 +12,7 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.evaluate.footprint import measure_footprint
-from qlib.export import packed  # noqa: F401 (what it imports belongs to the cache key)
+from qlib.export import packed
 from qlib.layers import PackedLinear
 from qlib.models.families import family_of, is_tied
 from qlib.models.load import Subject
@@ -28,7 +28,8 @@ def save(subject: Subject, folder: str | Path, format: str = "packed") -> dict[s
     """Write model, configuration and tokenizer into `folder`, which appears whole or not at all.
 
     Args:
-        format: "packed" keeps whatever is compressed as codes, scales and zeros; "dense" writes bf16 values, for programs
+        format: "packed" keeps whatever is compressed as codes, scales and zeros, and of what was pruned a mask and the
+            weights that stayed; "dense" writes bf16 values, for programs
             that know no packed format; "gptq" and "compressed_tensors" write the linears of the blocks as other programs
             read them, and embedding and head in bf16; "gguf" writes one file for llama.cpp.
 
@@ -53,6 +54,8 @@ def save(subject: Subject, folder: str | Path, format: str = "packed") -> dict[s
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     words = f"{format} format" if coded_modules(subject.model) else "bf16 weights"
+    if format == "packed" and any(packed.pruned_linears(subject.model).values()):
+        words += ", masks and what stayed"
     return {"size.disk_bytes": _disk_bytes(folder, words)} | measure_footprint(subject.model) | written
 
 
@@ -80,16 +83,25 @@ def _write(subject: Subject, folder: Path, format: str) -> dict[str, Any]:
     held = {name: one for name, one in coded.items() if format == "packed" or name.startswith(blocks)}
     if format == "dense":
         held = {}
-    if held:  # asked first, because it refuses what the format cannot say
+    pruned = packed.pruned_linears(model) if format == "packed" else {}
+    if held or pruned:  # asked first, because it refuses what the format cannot say
         linears = [name for name, one in model.named_modules() if isinstance(one, (nn.Linear, PackedLinear))]
         written = import_module(f"qlib.export.{format}")
         config["quantization_config"] = written.quantization_config(held, [name for name in linears if name not in held])
+    if pruned:
+        config["quantization_config"]["pruned"] = pruned
+    sparse = {name for name, survivors in pruned.items() if survivors is not None}
+    for name in sparse:
+        tensors |= {f"{name}.{key}": value for key, value in packed.pruned_tensors(model.get_submodule(name)).items()}
+        tensors.pop(f"{name}.weight", None)
     for name, layer in coded.items():
+        if getattr(layer, "bias", None) is not None:
+            tensors[f"{name}.bias"] = layer.bias
+        if name in sparse:
+            continue
         compressed = layer.compressed()
         own = written.layer_tensors(compressed) if name in held else {"weight": compressed.dequantize().bfloat16()}
         tensors |= {f"{name}.{key}": value for key, value in own.items()}
-        if getattr(layer, "bias", None) is not None:
-            tensors[f"{name}.bias"] = layer.bias
     save_torch_state_dict({name: t.detach().contiguous() for name, t in tensors.items()}, folder, safe_serialization=True)
     _write_json(folder / "config.json", config)
     if held and (name := getattr(written, "CONFIG_FILE", None)):

@@ -7,7 +7,7 @@ from typing import Any
 from qlib.errors import UserError, nearest
 from qlib.paths import MODELS, REFERENCE, shipped_model
 
-__all__ = ["Shape", "SHAPES", "kept_width", "find_shape", "layer_config"]
+__all__ = ["FFN_STEP", "Shape", "SHAPES", "kept_width", "find_shape", "layer_config"]
 
 #: What the width of a pruned FFN is a multiple of: the group size of most number formats.
 FFN_STEP = 128
@@ -81,11 +81,14 @@ class Shape:
         return 2 * self.kv_heads * self.head_dim
 
 
-def kept_width(heads: int, kv_heads: int, ffn: int, keep_heads: float, keep_ffn: float) -> tuple[int, int, int]:
+def kept_width(
+    heads: int, kv_heads: int, ffn: int, keep_heads: float, keep_ffn: float, multiple: int = FFN_STEP
+) -> tuple[int, int, int]:
     """Heads, key-value heads and FFN width that are left of shares to keep.
 
     Where several query heads share keys and values, each group loses query heads and keeps its keys; where each head
-    has its own, they go together. The FFN stays a multiple of `FFN_STEP`, so that groups of weights still fit.
+    has its own, they go together. An FFN width that is a multiple of `multiple` stays one, so that groups of weights still
+    fit; any other is cut channel by channel.
 
     Raises:
         UserError: a share outside (0, 1], or one that would leave nothing.
@@ -95,7 +98,7 @@ def kept_width(heads: int, kv_heads: int, ffn: int, keep_heads: float, keep_ffn:
             raise UserError(f"{name}: {share} is not allowed; allowed: more than 0, at most 1")
     per_group = heads // kv_heads
     left, whole = (round(keep_heads * kv_heads), kv_heads) if per_group == 1 else (round(keep_heads * per_group), per_group)
-    step = FFN_STEP if ffn % FFN_STEP == 0 else 1
+    step = multiple if ffn % multiple == 0 else 1
     width = round(keep_ffn * ffn / step) * step
     if left < 1:
         what = "head of the model" if per_group == 1 else "query head of a group"

@@ -7,7 +7,7 @@ from torch import nn
 
 from qlib.errors import UserError
 
-__all__ = ["PrunedWeight", "mark_pruned", "put_pruned", "mask_of"]
+__all__ = ["PrunedWeight", "mark_pruned", "is_pruned", "put_pruned", "mask_of"]
 
 #: Marks a linear whose zeros are a mask. An attribute and not a buffer: the zeros hold the mask, a copy would take memory.
 MARK = "zeros_are_pruned"
@@ -43,12 +43,17 @@ class PrunedWeight:
 
     def dequantize(self) -> torch.Tensor:
         """The fp32 weight `[out, in]` with zeros where the mask is false."""
-        return torch.where(self.mask, self.weight.float(), 0.0)
+        return torch.where(self.mask, self.weight, 0.0).float()
 
 
 def mark_pruned(linear: nn.Module) -> None:
     """Say that the zeros of a linear, packed or not, are a mask."""
     setattr(linear, MARK, True)
+
+
+def is_pruned(linear: nn.Module) -> bool:
+    """Whether the zeros of a linear, packed or not, are a mask."""
+    return getattr(linear, MARK, False)
 
 
 @torch.no_grad()
@@ -60,13 +65,13 @@ def put_pruned(linear: nn.Linear, pruned: PrunedWeight) -> None:
     """
     if pruned.mask.shape != linear.weight.shape:
         raise UserError(misfit(pruned.mask, linear.weight))
-    linear.weight.copy_(pruned.dequantize())
+    linear.weight.copy_(pruned.weight).masked_fill_(~pruned.mask, 0)
     mark_pruned(linear)
 
 
 def mask_of(linear: nn.Module) -> torch.Tensor | None:
     """The mask `[out, in]` of a pruned linear, packed or not; None for one that was not pruned."""
-    if not getattr(linear, MARK, False):
+    if not is_pruned(linear):
         return None
     weight = linear.compressed().dequantize() if hasattr(linear, "compressed") else linear.weight.detach()
     return weight != 0

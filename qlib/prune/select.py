@@ -11,6 +11,8 @@ from qlib.prune.mask import misfit
 
 __all__ = ["choose_mask", "drop_lowest", "read_pattern", "check_share", "check_sparsity"]
 
+SLICE = 2**23  # scores among which the lowest are found at a time
+
 
 def choose_mask(
     scores: torch.Tensor,
@@ -44,7 +46,9 @@ def choose_mask(
     else:
         rows = scores if by_row else scores.reshape(1, -1)
         count = round(sparsity * rows.shape[1])
-    chosen = drop_lowest(rows, count).view_as(scores)
+    # Part by part: what finding the lowest takes beside the scores is several times as much memory.
+    step = max(1, SLICE // rows.shape[1])
+    chosen = torch.cat([drop_lowest(part, count) for part in rows.split(step)]).view_as(scores)
     return chosen if mask is None else chosen & mask
 
 

@@ -14,7 +14,7 @@ import torch
 from qlib.errors import UserError
 from qlib.prune.mask import PrunedWeight
 from qlib.prune.select import check_share, check_sparsity, choose_mask, read_pattern
-from qlib.quantize.gptq import Factor, Statistic
+from qlib.quantize.gptq import BLOCK, Factor, Statistic, drifted
 
 __all__ = ["Options", "SCOPE", "NEEDS_FLOAT", "Statistic", "check", "prune_columns", "solve"]
 
@@ -22,7 +22,6 @@ SCOPE = "linear"
 NEEDS_FLOAT = True
 PRUNES = True
 
-BLOCK = 128  # columns whose weights are compared with each other
 LEAF = 16  # columns between two products that hand errors on
 
 
@@ -73,10 +72,7 @@ def prune_columns(
         moved[after].addmm_(factor.upper[before, after].t(), errors[before])
         if start % block == 0:
             here = slice(start, start + block)
-            drift = torch.linalg.solve_triangular(
-                factor.upper[here, here].t(), moved[here] - errors[here], upper=False, unitriangular=True
-            )  # of all these columns, if none went
-            scores = ((errors[here] + drift).square() * factor.pivots[here, None]).t().contiguous()
+            scores = (drifted(factor, moved, errors, here).square() * factor.pivots[here, None]).t().contiguous()
             kept[here] = choose_mask(scores, sparsity, pattern, mask=None if mask is None else mask[:, here]).t()
         for j in range(start, min(start + leaf, width)):
             now = moved[j].addmv_(errors[start:j].t(), factor.upper[start:j, j]).mul_(kept[j])

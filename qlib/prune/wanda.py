@@ -1,6 +1,7 @@
 """Wanda (Sun et al. 2023, arXiv 2306.11695): a weight matters as much as what it multiplies; no weight is changed."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -13,6 +14,7 @@ SCOPE = "linear"
 NEEDS_FLOAT = True
 PRUNES = True
 check = check_sparsity
+ROWS = 1024  # tokens that are squared in fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,14 @@ class Options:
     """Options of a Wanda pass.
 
     Args:
-        sparsity: share of the weights of each output that goes, at least 0 and less than 1.
+        sparsity: share of the weights that goes, at least 0 and less than 1.
         pattern: "2:4" keeps 2 of every 4 consecutive inputs (then sparsity must be 0.5); null: no pattern.
+        compare: the weights of each output with each other, as in the paper, or those of the whole linear.
     """
 
     sparsity: float = field(default=0.5, metadata={"minimum": 0})
     pattern: str | None = None
+    compare: Literal["output", "linear"] = "output"
 
     def __post_init__(self) -> None:
         check_share(self.sparsity)
@@ -39,7 +43,8 @@ class Statistic:
 
     def feed(self, inputs: torch.Tensor) -> None:
         """Add a batch `[tokens, in]`."""
-        self.squares = self.squares.to(inputs.device) + inputs.float().square().sum(0)
+        total = sum(part.float().square().sum(0) for part in inputs.split(ROWS))
+        self.squares = self.squares.to(inputs.device) + total
 
     @property
     def norms(self) -> torch.Tensor:
@@ -58,6 +63,7 @@ def scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 def solve(
     weight: torch.Tensor, options: Options, mask: torch.Tensor | None = None, statistic: Statistic | None = None
 ) -> PrunedWeight:
-    """Prune `weight` `[out, in]` by score, compared within each output; what `mask` excludes stays pruned."""
-    chosen = choose_mask(scores(weight, statistic.norms), options.sparsity, options.pattern, by_row=True, mask=mask)
+    """Prune `weight` `[out, in]` by score; what `mask` excludes stays pruned."""
+    by_row = options.compare == "output"
+    chosen = choose_mask(scores(weight, statistic.norms), options.sparsity, options.pattern, by_row, mask)
     return PrunedWeight(weight, chosen)

@@ -21,7 +21,7 @@ from torch import nn
 from qlib.errors import UserError
 from qlib.models.families import blocks_of
 from qlib.models.load import Subject
-from qlib.models.shapes import kept_width
+from qlib.models.shapes import FFN_STEP, kept_width
 from qlib.prune.mask import mask_of
 from qlib.prune.structures import Gram, channels_of, choose_structures, compensate, output_error
 from qlib.recipe import Context
@@ -43,15 +43,18 @@ class Options:
 
     Args:
         keep_heads: share of the attention heads that stays; where several share keys and values, in each such group.
-        keep_ffn: share of the FFN channels that stays, rounded so that groups of weights still fit.
+        keep_ffn: share of the FFN channels that stays, rounded to a multiple of `multiple_of`.
         compensate: refit the output weights by least squares, so that what stays takes over.
         damp: ridge of the least squares, as a share of the mean of the diagonal; more than 0.
+        multiple_of: what the number of FFN channels stays a multiple of; it must divide it. null: 128, which suits every
+            group of weights and every kernel, or any number where the model's is none.
     """
 
     keep_heads: float = field(default=0.653, metadata={"minimum": 0})
     keep_ffn: float = field(default=0.653, metadata={"minimum": 0})
     compensate: bool = True
     damp: float = field(default=0.01, metadata={"minimum": 0})
+    multiple_of: int | None = field(default=None, metadata={"minimum": 1})
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,9 @@ def check(subject: Subject, options: Options) -> None:
     """Refuse shares that leave nothing, and a narrower configuration that the architecture does not allow."""
     if not options.damp > 0:
         raise UserError(f"damp: {options.damp} is not allowed; allowed: more than 0")
+    width, multiple = subject.config.intermediate_size, options.multiple_of
+    if multiple is not None and (multiple < 1 or width % multiple):
+        raise UserError(f"multiple_of: {multiple} is not allowed; allowed: divisors of {width}, the FFN channels of the model")
     config = narrowed_config(subject.config, head_dim_of(subject.model), options)
     try:
         type(config).from_dict(config.to_dict())
@@ -120,6 +126,7 @@ def narrowed_config(config: Any, head_dim: int, options: Options) -> Any:
         config.intermediate_size,
         options.keep_heads,
         options.keep_ffn,
+        options.multiple_of or FFN_STEP,
     )
     config = deepcopy(config)
     config.num_attention_heads, config.num_key_value_heads = heads, kv_heads

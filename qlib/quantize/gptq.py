@@ -14,7 +14,7 @@ all linears that read the same inputs.
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 
@@ -24,15 +24,19 @@ from qlib.quantize.clip import fit
 from qlib.quantize.formats import GridOptions
 from qlib.quantize.grid import CompressedWeight, Grid, nearest_codes, nearest_steps, scale_values
 
-__all__ = ["Options", "SCOPE", "Statistic", "Factor", "factorize", "solve_columns", "solve"]
+__all__ = ["Options", "SCOPE", "Statistic", "Factor", "factorize", "drifted", "solve_columns", "solve", "BLOCK"]
 
 SCOPE = "linear"
 TOGETHER = True
 
 #: How much more damping is tried when the Hessian cannot be factorized.
 MORE_DAMPING = (10, 100, 1000)
+BLOCK = 128  # columns whose weights are compared with each other, where some are to go
 LEAF = 16  # columns between two matrix products that hand errors on: the smallest group size, a power of two
 PANEL = 256  # columns of the Hessian that are summed up at a time, from the diagonal down
+
+
+Choice = Callable[[torch.Tensor, slice], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -161,8 +165,26 @@ def factorize(hessian: torch.Tensor, damp: float = 0.01, act_order: bool = False
     )
 
 
+def drifted(factor: Factor, moved: torch.Tensor, errors: torch.Tensor, here: slice) -> torch.Tensor:
+    """What columns `here` `[columns, out]` would best be now, if none of them had an error of its own.
+
+    Args:
+        moved, errors: as in `solve_columns`; `moved` has heard of all columns before these.
+    """
+    drift = torch.linalg.solve_triangular(
+        factor.upper[here, here].t(), moved[here] - errors[here], upper=False, unitriangular=True
+    )
+    return errors[here] + drift
+
+
 def solve_columns(
-    weight: torch.Tensor, factor: Factor, grid: Grid, clip: str = "none", mask: torch.Tensor | None = None
+    weight: torch.Tensor,
+    factor: Factor,
+    grid: Grid,
+    clip: str = "none",
+    mask: torch.Tensor | None = None,
+    choose: Choice | None = None,
+    like: torch.Tensor | None = None,
 ) -> CompressedWeight:
     """Round a weight column by column.
 
@@ -176,11 +198,15 @@ def solve_columns(
         weight: `[out, in]`, not modified.
         clip: see `qlib.quantize.clip`.
         mask: bool `[out, in]`, false where a weight was pruned.
+        choose: called before every `BLOCK` columns are rounded, with what each of their weights matters now (not
+            negative, `[out, columns]`) and which columns they are; returns which of them stay. From left to right only.
+        like: `[out, in]`, what groups that are not fitted on the way are fitted to; None: the weight.
     """
     width, size = weight.shape[1], weight.shape[1] // grid.groups(weight.shape[1])
     weight = weight.float().masked_fill(factor.dead if mask is None else factor.dead | ~mask, 0)
-    static = factor.order is not None or size == width  # no group is fitted on the way
-    fitted = fit(weight, grid, clip if static else "none", factor.energy)
+    one = size == width and (choose is None or width > BLOCK)
+    static = factor.order is not None or one  # no group is fitted on the way
+    fitted = fit(weight if like is None else like, grid, clip if static else "none", factor.energy)
     scales = scale_values(fitted.scales, fitted.tensor_scale).t().contiguous()  # [groups, out]
     zeros = fitted.zeros.float().t().contiguous()
     order = torch.arange(width, device=weight.device) if factor.order is None else factor.order
@@ -191,18 +217,25 @@ def solve_columns(
     errors = _ordered(weight.t().contiguous(), factor.order)
     moved = errors.clone()  # w_j + sum_{i<j} e_i U_ij / U_jj, complete when column j is reached; then steps, or codes
     kept = None if mask is None else mask.t()[order].contiguous()
+    if choose is not None:
+        kept = torch.ones_like(errors, dtype=torch.bool)
     for start in range(0, width, LEAF):
         # Columns from `start` on now hear of as many before it as the largest power of two that divides it. So each
         # hears of every earlier one once and in time, and most of the work is done in large products.
         span = start & -start
         before, after = slice(start - span, start), slice(start, start + span)
         moved[after].addmm_(factor.upper[before, after].t(), errors[before])
+        if choose is not None and start % BLOCK == 0:
+            here = slice(start, start + BLOCK)
+            matters = drifted(factor, moved, errors, here).square() * factor.pivots[here, None]
+            kept[here] = choose(matters.t().contiguous(), here).t()
         if not static and start % size == 0:
             here, group = slice(start, start + size), start // size
-            drift = torch.linalg.solve_triangular(
-                factor.upper[here, here].t(), moved[here] - errors[here], upper=False, unitriangular=True
-            )
-            best = errors[here] + drift if kept is None else (errors[here] + drift).masked_fill(~kept[here], 0)
+            if choose is not None:
+                best = _left(factor, moved, errors, kept, here)
+            else:
+                best = drifted(factor, moved, errors, here)
+                best = best if kept is None else best.masked_fill(~kept[here], 0)
             told = (replace(grid, group_size=None), clip, factor.energy[here], fitted.tensor_scale)
             found = fit(best.t().contiguous(), *told)
             fitted.scales[:, group], fitted.zeros[:, group] = found.scales[:, 0], found.zeros[:, 0]
@@ -221,7 +254,17 @@ def solve_columns(
             errors[j].addcmul_(now, scale, value=-1)
     codes = moved.to(torch.uint8) if own else nearest_codes(moved, grid, torch.ones_like(moved[0]), zeros[group_of])
     back = None if factor.order is None else factor.order.argsort()
-    return CompressedWeight(grid, _ordered(codes, back).t().contiguous(), *fitted)
+    stay = mask if choose is None else kept.t().contiguous()
+    return CompressedWeight(grid, _ordered(codes, back).t().contiguous(), *fitted, stay)
+
+
+def _left(factor: Factor, moved: torch.Tensor, errors: torch.Tensor, kept: torch.Tensor, here: slice) -> torch.Tensor:
+    """What columns `here` would be if those that go went and none were rounded: larger, for they make up for the others."""
+    left, errors, upper = moved[here].clone(), errors[here].clone(), factor.upper[here, here]
+    for j, stays in enumerate(kept[here]):
+        left[j].addmv_(errors[:j].t(), upper[:j, j]).mul_(stays)
+        errors[j] -= left[j]
+    return left
 
 
 def _ordered(rows: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

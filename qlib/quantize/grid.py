@@ -40,6 +40,7 @@ class CompressedWeight:
         grid: the number format.
         codes: uint8 `[out, in]`: 0 to ``grid.levels - 1``, or the bits of a float.
         scales, zeros, tensor_scale: see `Fit`.
+        mask: bool `[out, in]`, false where a weight was pruned: its code is the one that means 0. None: none was.
     """
 
     grid: Grid
@@ -47,11 +48,13 @@ class CompressedWeight:
     scales: torch.Tensor
     zeros: torch.Tensor
     tensor_scale: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
     def rows(self, part: slice) -> "CompressedWeight":
         """Some output channels. The scale of the whole is copied: layers that share memory cannot be saved."""
         factor = None if self.tensor_scale is None else self.tensor_scale.clone()
-        return CompressedWeight(self.grid, self.codes[part], self.scales[part], self.zeros[part], factor)
+        mask = None if self.mask is None else self.mask[part]
+        return CompressedWeight(self.grid, self.codes[part], self.scales[part], self.zeros[part], factor, mask)
 
     def dequantize(self) -> torch.Tensor:
         """The fp32 weight `[out, in]`: (code - zero) * scale, or the number a code stands for times scale."""

@@ -45,9 +45,12 @@ def mark_legend(axes, marks: dict[str, tuple[str, str, str]], columns: int = 2) 
     axes.figure.legend(handles=keys, loc="outside lower center", ncols=min(columns, len(keys)), handletextpad=0.3)
 
 
-def point(axes, mark: tuple[str, str], x, y, xerr=None, yerr=None, size: float = 6, fill: str = "full") -> None:
-    """A value in its colour and marker, with its interval."""
+def point(
+    axes, mark: tuple[str, str], x, y, xerr=None, yerr=None, size: float = 6, fill: str = "full", soft: bool = False
+) -> None:
+    """A value in its colour and marker, with its interval; a soft one stands back behind others."""
     look = dict(zip(("color", "marker"), mark)) | {"markersize": size, "capsize": 2.5, "linewidth": 1.2}
+    look |= {"alpha": 0.3, "markersize": 0.7 * size, "capsize": 0} if soft else {}
     look |= {"fillstyle": fill, "markerfacecoloralt": PAPER}
     axes.errorbar(x, y, xerr=xerr, yerr=yerr, **look)
 

@@ -1,4 +1,4 @@
-"""What `qlib bench` measured side by side with other tools: a table of targets, a sentence, and how costs grow."""
+"""What `qlib bench` measured: a table of targets, a sentence, how costs grow, and when sparse products pay."""
 
 import json
 import re
@@ -8,11 +8,16 @@ from typing import Any, Sequence
 from qlib.report import numbers
 from qlib.report.html import Cell, Column, Group, Table
 
-__all__ = ["BENCH", "read_bench", "bench_table", "bench_words", "growth_frame", "growth_alt"]
+__all__ = [
+    "BENCH", "read_bench", "bench_table", "bench_words", "growth_frame", "growth_alt", "sparse_frame", "sparse_alt",
+]  # fmt: skip
 
 BENCH = "bench.json"  # beside the published records
 SENSES = {">=": "at least", "<=": "at most"}
 POINT = re.compile(r"\b(\d+): ([\d.]+) s\b")  # of the time at one size
+SPARSE = re.compile(r"\b(\d+) rows?: sparsity from which (\w+) is faster")
+SPARSE_POINT = re.compile(r"\b(0\.\d+): ([\d.]+) ms")  # of the time at one sparsity
+DENSE_POINT = re.compile(r"\b(bf16|int4-g128) ([\d.]+) ms")
 
 
 def read_bench(file: Path) -> tuple[dict[str, Any], ...]:
@@ -25,9 +30,11 @@ def read_bench(file: Path) -> tuple[dict[str, Any], ...]:
 
 
 def verdict(row: dict[str, Any]) -> str:
-    """``yes``, ``no``, ``not resolved`` or ``not measured``."""
+    """``yes``, ``no``, ``not resolved`` or ``not measured``; empty where there is a figure and no target."""
     if numbers.number(row, "measured") is None:
         return numbers.ABSENT
+    if not row.get("target", "any"):
+        return ""
     return {True: "yes", False: "no"}.get(row.get("met"), numbers.OPEN)
 
 
@@ -50,7 +57,7 @@ def bench_table(rows: Sequence[dict[str, Any]]) -> Table | None:
     columns += [Column(title) for title in ("Unit", "Met", "How")]
     caption = (
         "Targets of the benchmarks, timed side by side in one run. Small print: 95 % intervals over rounds; a figure "
-        "without one was measured once. A target is met if the whole interval meets it, missed if none of it does, "
+        "without one was measured once; one without a target answers a question. A target is met if the whole interval meets it, missed if none of it does, "
         "else not resolved."
     )
     return Table(columns, shown, caption, "bench") if rows else None
@@ -66,10 +73,11 @@ def bench_words(rows: Sequence[dict[str, Any]]) -> str:
     """How many targets are met, and on which machine and against which versions that was measured."""
     if not rows:
         return "These comparisons were not measured here: run make bench."
+    rows, all_ = [row for row in rows if row.get("target", "any")], rows
     counts = [verdict(row) for row in rows]
     words = {"yes": "met", "no": "missed", numbers.OPEN: numbers.OPEN, numbers.ABSENT: numbers.ABSENT}
     facts = [f"{counts.count(key)} {word}" for key, word in words.items() if key in counts]
-    places = list(dict.fromkeys(place for row in rows if (place := _place(row.get("provenance") or {}))))
+    places = list(dict.fromkeys(place for row in all_ if (place := _place(row.get("provenance") or {}))))
     where = f"Measured on {'; and on '.join(places)}." if places else "The file does not tell the machine."
     return f"{len(rows)} targets: {', '.join(facts)}. {where}"
 
@@ -112,3 +120,39 @@ def growth_alt(frame) -> str:
             f"to {last['seconds']:.3g} seconds, a power of {first['exponent']:.2g}"
         )
     return f"{'; '.join(found)[:1].upper()}{'; '.join(found)[1:]}."
+
+
+def sparse_frame(rows: Sequence[dict[str, Any]]):
+    """rows, kernel, sparsity, ms, crossing: times of the benchmark of sparse products, from what its rows list.
+
+    Dense kernels have neither a sparsity nor a crossing; 1 as a crossing says that the kernel is never faster than bf16.
+    """
+    import pandas
+
+    points = []
+    for row in (row for row in rows if row.get("benchmark") == "sparse"):
+        found, how = SPARSE.search(str(row.get("name", ""))), str(row.get("how", ""))
+        if not found or numbers.number(row, "measured") is None:
+            continue
+        batch, kernel = int(found[1]), found[2]
+        points += [(batch, kernel, float(s), float(ms), row["measured"]) for s, ms in SPARSE_POINT.findall(how)]
+        points += [(batch, name, None, float(ms), None) for name, ms in DENSE_POINT.findall(how)]
+    frame = pandas.DataFrame(points, columns=["rows", "kernel", "sparsity", "ms", "crossing"])
+    return frame.astype({"sparsity": float, "crossing": float}).drop_duplicates(ignore_index=True)
+
+
+def sparse_alt(frame) -> str:
+    """The finding of the figure of sparse products in words."""
+    if frame.empty:
+        return "Sparse products were not measured here."
+    found = []
+    for (batch, kernel), part in frame.dropna(subset="sparsity").groupby(["rows", "kernel"], sort=False):
+        dense = frame[(frame["rows"] == batch) & frame["sparsity"].isna()].groupby("kernel")["ms"].first()
+        first, crossing = part.iloc[0], part["crossing"].iloc[0]
+        faster = f"is faster than bf16 from a sparsity of {crossing:.3g} on" if crossing < 1 else "is never faster than bf16"
+        words = f"with {batch} row{'s' if batch > 1 else ''} {kernel} {faster}"
+        words += f" and at {first['sparsity']:g} takes {first['ms'] / dense['bf16']:.2g} times as long"
+        below = part[part["ms"] < dense["int4-g128"]]["sparsity"]
+        passes = f"it passes dense int4 by {below.min():g}" if len(below) else "it never passes dense int4"
+        found.append(f"{words}; {passes}")
+    return ". ".join(one[:1].upper() + one[1:] for one in found) + "."

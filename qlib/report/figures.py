@@ -171,6 +171,7 @@ def loss_curve(frame):
     def draw(axes):
         lines(axes, frame, ("tokens", "Tokens"), ("loss", "Loss (nats per token)"), "series", markers=False)
         axes.xaxis.set_major_formatter(tokens)
+        axes.locator_params(axis="x", nbins=5)
 
     count = frame["series"].nunique()
     height = HEIGHT + (0.1 * count if count > IN_AXES else 0)

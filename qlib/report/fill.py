@@ -15,6 +15,7 @@ from qlib.progress import clock
 from qlib.report import numbers, words
 from qlib.report.bench import bench_words
 from qlib.report.book import Book, Entry
+from qlib.report.headline import headline_frame, headline_words
 from qlib.report.measures import FAMILIES, FIELDS, MEASURES
 from qlib.report.quantized import METHODS, method_words
 from qlib.report.rivals import rival_words
@@ -28,6 +29,7 @@ ABOUT = ("name", "title", "model", "device", "protocol", "state", "duration", "p
 SENTENCES: dict[str, Callable[[Book], str]] = {
     "finding": words.finding,
     "article": words.article_verdict,
+    "headline": lambda book: headline_words(headline_frame(book)),
     "failures": words.failure_words,
     "recovery": words.recovery_words,
     "precision": words.precision_words,

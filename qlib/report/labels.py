@@ -25,14 +25,15 @@ def plain_ticks(axes, xs, ys=None) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def name_points(axes, frame, front, x: str, y: str, all: bool = False) -> None:
+def name_points(axes, frame, front, x: str, y: str, all: bool = False, line=None) -> None:
     """Names beside the points of the front, each where it covers no point and no other name.
 
     Args:
         all: name the other points too, more softly, where there is room.
+        line: corners of the line that names must not cover either; default: the front, which a line joins.
     """
-    axes.figure.canvas.draw()
-    taken = _points(axes, frame, x, y) + _line(axes, front, x, y)
+    axes.figure.draw_without_rendering()  # so that places are known
+    taken = _points(axes, frame, x, y) + _line(axes, front if line is None else line, x, y)
     rest = frame[~frame["strategy"].isin(front["strategy"])] if all else frame.iloc[:0]
     for rows, color in ((front, INK), (rest, SOFT)):
         for _, row in rows.iterrows():
@@ -78,7 +79,8 @@ def _place(axes, at_x: float, at_y: float, name: str, taken: list[tuple]) -> tup
 def _name(axes, x: float, y: float, name: str, place: tuple, color: str) -> None:
     side, lift = place
     shift = (8 * 72 / axes.figure.dpi * side, lift * 11)
-    leader = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.7, "shrinkA": 0} if abs(lift) > 1 else None
+    end = {"shrinkA": 0, "relpos": (0 if side > 0 else 1, 0.5)}  # of the text, the one that is nearer
+    leader = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.7, **end} if abs(lift) >= 1 else None
     text = {"textcoords": "offset points", "fontsize": 9, "ha": "left" if side > 0 else "right", "va": "center"}
     axes.annotate(name, (x, y), shift, color=color, arrowprops=leader, **text)
 

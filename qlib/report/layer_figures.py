@@ -8,10 +8,10 @@ __all__ = ["layer_errors", "sensitivities", "chosen_bits", "kept_cells", "batch_
 
 
 def layer_errors(frame):
-    """Reconstruction error of every linear by block, a line per kind of linear."""
+    """Reconstruction error of every linear by block, a line per kind of linear; what else it is, the frame says."""
 
     def draw(axes):
-        lines(axes, frame, ("block", "Block"), ("error", "Relative error"), "linear")
+        lines(axes, frame, ("block", "Block"), ("error", frame.attrs.get("measure", "Relative error")), "linear")
         axes.set_yscale("log")
         axes.xaxis.get_major_locator().set_params(integer=True)
 

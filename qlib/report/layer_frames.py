@@ -28,11 +28,7 @@ def pruned_frame(details: dict, strategy: str = ""):
     Of a shortened model: 1 - cosine between what reached each block and what it made of it, and the errors at gaps.
     """
     if details.get("depth"):
-        rows = [{"block": block, "linear": "1 - cosine", "error": one} for block, one in enumerate(details["depth"]["influence"])]
-        for one in details["depth"]["patches"]:
-            kinds = {"gap": "error_plain", "gap, patched": "error"}
-            rows += [{"block": one["block"], "linear": kind, "error": one[key]} for kind, key in kinds.items()]
-        return data_frame([{"strategy": strategy, **row} for row in rows], ["strategy", "block", "linear", "error"])
+        return _depth_frame(details["depth"], strategy)
     if not details.get("width"):
         return layer_frame(details.get("layers") or [], strategy)
     parts = {"o_proj": "attention_error", "o_proj before": "attention_error_plain"}
@@ -43,6 +39,17 @@ def pruned_frame(details: dict, strategy: str = ""):
         for one in details["width"]
     ]
     return data_frame(rows, ["strategy", "block", "linear", "error"])
+
+
+def _depth_frame(depth: dict, strategy: str):
+    """Two measures share the column `error`; ``attrs["measure"]`` says which, for the axis of the figure."""
+    rows = [{"block": block, "linear": "1 - cosine", "error": one} for block, one in enumerate(depth["influence"])]
+    for one in depth["patches"]:
+        kinds = {"gap": "error_plain", "gap, patched": "error"}
+        rows += [{"block": one["block"], "linear": kind, "error": one[key]} for kind, key in kinds.items()]
+    frame = data_frame([{"strategy": strategy, **row} for row in rows], ["strategy", "block", "linear", "error"])
+    frame.attrs["measure"] = "1 - cosine of a block" + ("\nRelative error at a gap" if depth["patches"] else "")
+    return frame
 
 
 def kept_frame(panels: dict[str, Any]):
@@ -93,6 +100,8 @@ def layer_alt(frame) -> str:
     """The finding of the layer errors in words."""
     if frame.empty:
         return "No layer errors were recorded."
+    if "measure" in frame.attrs:  # what is no error of a linear, or several measures, which cannot be compared
+        return f"{'; '.join(_span(name, own) for name, own in frame.groupby('linear', sort=False))}."
     worst, best = frame.loc[frame["error"].idxmax()], frame.loc[frame["error"].idxmin()]
     means = frame.groupby("linear", sort=False)["error"].mean()
     return (
@@ -100,6 +109,12 @@ def layer_alt(frame) -> str:
         f"in {best['linear']} of block {best['block']} with {best['error']:.3g}; "
         f"on average {means.idxmax()} suffers most."
     )
+
+
+def _span(name: str, own) -> str:
+    least, most = own.loc[own["error"].idxmin()], own.loc[own["error"].idxmax()]
+    ends = [f"{one['error']:.3g} at block {one['block']}" for one in (least, most)]
+    return f"{name} is {ends[0]}" if len(own) == 1 else f"{name} is least with {ends[0]} and largest with {ends[1]}"
 
 
 def kept_alt(frame) -> str:

@@ -3,11 +3,11 @@
 import itertools
 
 from qlib.report.axes import colors, drawn, lines
-from qlib.report.theme import HEIGHT, INK, LINE, PAPER, SOFT
+from qlib.report.theme import HEIGHT, INK, LINE, PAPER, POINTS, SOFT
 
 __all__ = [
     "weight_histogram", "matrix_steps", "error_by_column", "error_by_kept", "number_line", "magnitudes", "weight_path",
-    "channel_maxima",
+    "channel_maxima", "errors_by_linear",
 ]  # fmt: skip
 
 
@@ -83,6 +83,38 @@ def error_by_kept(frame):
         lines(axes, frame, axis, ("error", "Relative error of the output"), "series")
 
     return drawn(draw, HEIGHT, "" if len(frame) else "Nothing was pruned.")
+
+
+def errors_by_linear(frame):
+    """Relative error of a model's linears by block, a panel for each kind of linear, a line per method.
+
+    Args:
+        frame: block, linear, method, error.
+    """
+    import seaborn
+
+    def draw(axes):
+        figure, (linears, methods) = axes.figure, (list(dict.fromkeys(frame[name])) for name in ("linear", "method"))
+        axes.remove()
+        panels = figure.subplots(-(-len(linears) // 4), 4, sharex=True, sharey=True, squeeze=False)
+        look = {"hue": "method", "style": "method", "markers": True, "dashes": False, "errorbar": None, "legend": "full"}
+        look |= {"palette": dict(zip(methods, itertools.cycle(colors()))), "hue_order": methods, "style_order": methods}
+        for place, (panel, linear) in enumerate(zip(panels.ravel(), linears)):
+            seaborn.lineplot(frame[frame["linear"] == linear], x="block", y="error", ax=panel, **look)
+            handles, _ = panel.get_legend_handles_labels()
+            panel.get_legend().remove()
+            panel.set_title(linear, fontsize=10)
+            lowest = place + 4 >= len(linears)
+            panel.set(xlabel="Block" if lowest else "", ylabel="", ylim=(0, 1.05 * frame["error"].max()))
+            panel.tick_params(labelbottom=lowest)
+            panel.xaxis.get_major_locator().set_params(integer=True)
+        for panel in panels.ravel()[len(linears) :]:
+            panel.set_axis_off()
+        figure.supylabel("Relative error of the outputs", fontsize=POINTS)
+        figure.legend(handles, methods, loc="outside lower center", ncols=3, columnspacing=1, handletextpad=0.3)
+
+    rows = -(-frame["linear"].nunique() // 4)
+    return drawn(draw, 1 + 1.4 * rows, "" if len(frame) else "Nothing was pruned.")
 
 
 def channel_maxima(frame):

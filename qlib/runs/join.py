@@ -42,14 +42,14 @@ def shape_measurements(record: dict[str, Any], speeds: Iterable[dict[str, Any]])
 def shape_figures(record: dict[str, Any], speed: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Figures of a record's format, or mix of formats, at the shape of a speed record; sizes only if it was not timed."""
     format, kept = record.get("shape_format") or record.get("mix"), record.get("kept") or {}
-    narrowed = any(share != 1 for name, share in kept.items() if name != "layers")
-    layers = kept.get("layers", 1)
+    narrowed = any(share != 1 for name, share in kept.items() if name not in ("layers", "weights"))
+    layers, stayed = kept.get("layers", 1), kept.get("weights", 1)
     if not format or (narrowed and "@" not in json.dumps(format)):  # parts are gone that the format does not tell of
         return {}
-    if isinstance(format, str) and format in speed["formats"] and layers == 1:
+    if isinstance(format, str) and format in speed["formats"] and layers == stayed == 1:
         return speed["formats"][format]
     given = (json.dumps(format), json.dumps(speed["model"]), json.dumps(speed.get("details") or {}))
-    return _computed(*given, _context(speed), layers)
+    return _computed(*given, _context(speed), layers, stayed)
 
 
 def _context(speed: dict[str, Any]) -> tuple[int, str]:
@@ -58,12 +58,12 @@ def _context(speed: dict[str, Any]) -> tuple[int, str]:
 
 @lru_cache(maxsize=256)
 def _computed(
-    format: str, model: str, details: str, context: tuple[int, str], layers: float
+    format: str, model: str, details: str, context: tuple[int, str], layers: float, stayed: float
 ) -> dict[str, dict[str, Any]]:
     """The figures that a speed record implies but does not hold; JSON in, so that the report computes each once.
 
     Args:
-        layers: share of the layers that is left.
+        layers: share of the layers that is left. stayed: share of the weights that is not 0: it counts on disk alone.
     """
     from qlib.evaluate.footprint import shape_footprint
     from qlib.evaluate.whole_model import NEW_TOKENS, model_figures, rounds_of
@@ -72,13 +72,13 @@ def _computed(
     try:
         whole = find_shape(json.loads(model))
         shape = replace(whole, layers=max(1, round(layers * whole.layers)))
-        sizes = shape_footprint(shape, json.loads(format))
+        sizes = shape_footprint(shape, json.loads(format), stayed)
     except UserError:  # a shape or format of another version
         return {}
     try:
         conditions = context[1] if shape == whole else f"{shape.layers} layers are left; whole: {context[1]}"
         rounds = rounds_of(json.loads(details))
-        return model_figures(shape, rounds, json.loads(format), context[0], NEW_TOKENS, conditions, whole=whole)
+        return model_figures(shape, rounds, json.loads(format), context[0], NEW_TOKENS, conditions, whole=whole) | sizes
     except KeyError:  # not timed
         return sizes
 

@@ -8,8 +8,10 @@ import torch
 from qlib.errors import UserError
 from qlib.evaluate.footprint import disk_bytes, grid_of, kv_cache_bytes, measure_footprint, narrowed_shape, shape_footprint
 from qlib.layers import pack, packed_layers
+from qlib.layers.sparse_storage import count_survivors
 from qlib.layers.storage import to_tensors
 from qlib.models.shapes import Shape, find_shape, layer_config
+from qlib.prune.mask import PrunedWeight, mark_pruned, put_pruned
 from qlib.quantize.grid import Grid, fit_grid, round_to_grid
 
 TINY = Shape("tiny", 2, 128, 4, 2, 256, 100, head_dim=64)
@@ -45,6 +47,32 @@ def test_arithmetic_agrees_with_a_real_model(format, tied, tmp_path):
     stored = sum(tensor.nbytes for found in tensors for tensor in found)
     plain = {parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}
     assert disk_bytes(shape, format) == stored + sum(plain.values())
+
+
+@pytest.mark.parametrize("format", ("bf16", "int4-g128", "int3-g128"))
+def test_zeros_of_a_mask_count_in_memory_and_not_on_disk(format):
+    model = make_model(TINY, "bf16")
+    for block in model.model.layers:
+        for name in TINY.linears:
+            linear, (parent, _, leaf) = block.get_submodule(name), name.rpartition(".")
+            weight = linear.weight.detach()
+            mask = torch.zeros_like(weight, dtype=torch.bool)
+            mask[:, ::4] = True
+            put_pruned(linear, PrunedWeight(weight, mask))
+            if grid := grid_of(format):
+                packed = pack(linear, round_to_grid(linear.weight, grid, *fit_grid(linear.weight, grid)))
+                mark_pruned(packed)
+                setattr(block.get_submodule(parent), leaf, packed)
+    stayed = [count_survivors(one) for block in model.model.layers for one in map(block.get_submodule, TINY.linears)]
+    share = sum(stayed) / (TINY.layers * TINY.linear_parameters)
+    assert 0.15 < share <= 0.25
+    found, expected = measure_footprint(model), shape_footprint(TINY, format, share)
+    whole = shape_footprint(TINY, format)
+    for name in ("size.bits_per_weight", "size.bits_per_weight_total"):
+        assert found[name]["value"] == pytest.approx(expected[name]["value"], rel=1e-3)
+        assert found[name]["value"] < whole[name]["value"]
+    rotary = sum(buffer.nbytes for name, buffer in model.named_buffers() if "inv_freq" in name)
+    assert found["size.resident_bytes"]["value"] == whole["size.resident_bytes"]["value"] + rotary
 
 
 def test_a_second_copy_would_be_seen():

@@ -82,6 +82,16 @@ def test_magnitude_compares_the_whole_linear():
     assert magnitude.solve(weight, magnitude.Options()).mask.tolist() == [[False] * 8, [True] * 8]
 
 
+def test_wanda_compares_what_it_is_told_to():
+    weight, statistic = random(6, 20), wanda.Statistic(20, wanda.Options())
+    statistic.feed(random(30, 20, seed=1))
+    whole = wanda.solve(weight, wanda.Options(compare="linear"), statistic=statistic).mask
+    scores = wanda.scores(weight, statistic.norms)
+    assert whole.flatten().tolist() == brute_force(scores.flatten().tolist(), 60)
+    rows = wanda.solve(weight, wanda.Options(), statistic=statistic).mask
+    assert ((~rows).sum(1) == 10).all() and not torch.equal(rows, whole)
+
+
 @pytest.mark.parametrize("name", ("magnitude", "wanda"))
 def test_a_later_pass_keeps_the_mask_of_an_earlier_one(model_folder, name):
     subject = compress(load(str(model_folder())), [{"pass": "magnitude", "sparsity": 0.25}])

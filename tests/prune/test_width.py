@@ -219,3 +219,15 @@ def test_a_packed_model_is_refused(model_folder):
     recipe = [{"pass": "rtn", "group_size": 32}, {"pass": "width", "keep_heads": 0.5, "keep_ffn": 1.0}]
     with pytest.raises(UserError, match="pass 'width' must come before the weights are put on a grid"):
         compress(load(str(model_folder())), recipe, CALIBRATION)
+
+
+def test_the_ffn_stays_a_multiple_of_what_is_asked(model_folder):
+    folder = str(model_folder(intermediate_size=384))
+    widths = {}
+    for multiple in (None, 64, 16):
+        recipe = [{"pass": "width", "keep_heads": 1.0, "keep_ffn": 0.8, "multiple_of": multiple}]
+        widths[multiple] = compress(load(folder), recipe, CALIBRATION).model.model.layers[0].mlp.up_proj.out_features
+    assert widths == {None: 256, 64: 320, 16: 304}
+    for multiple in (0, 100):
+        with pytest.raises(UserError, match=f"recipe.0..multiple_of: {multiple} is not allowed; allowed: divisors of 384"):
+            compress(load(folder), [{"pass": "width", "multiple_of": multiple}], CALIBRATION)

@@ -142,7 +142,7 @@ def test_the_whole_report(project):
     assert check_html(page) == []
     assert "alert(\"x\")" not in text and "alert(&quot;x&quot;)" in text
     assert "Of 8 compressed strategies" in text and "published record" in text
-    assert 'href="#fig-pareto-accuracy">Figure 1<' in text and '<span class="number">Table 1.</span>' in text
+    assert 'href="#fig-headline">Figure 1<' in text and '<span class="number">Table 1.</span>' in text
     assert "qlib run params/gptq-int4.yaml" in text and 'aria-label="Failure of gptq-int4"' in text
     assert "never stitched" not in text and "An Exception was encountered" not in text
     assert "http://www.w3.org" in text and not re.search(r'(src|href)="https?://', text)

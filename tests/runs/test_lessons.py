@@ -96,7 +96,7 @@ def test_what_a_lesson_reads(project):
     for name, values in {
         "a": {"family": "pruning", "key": "1"},
         "b": {"family": "baseline", "key": "2"},
-        "c": {"family": "combined", "key": "3"},
+        "c": {"family": "mixed_precision", "key": "3"},
         "d": {"family": "pruning", "key": "4", "tier": "smoke"},
         "e": {"family": "pruning"},
     }.items():
