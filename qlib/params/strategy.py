@@ -20,7 +20,7 @@ WITHOUT_RECIPE = ("baseline", "speed", "training")
 #: Families that measure several number formats side by side.
 WITH_FORMATS = ("speed", "training")
 #: What the family "training" may name as formats.
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp16-unscaled", "bf16-pure", "bf16-kahan", "bf16-stochastic")
 TIERS = ("smoke", "core", "full", "gpu")
 #: The pass that an outside tool does, and the family of strategies that consist of it.
 TOOL = "tool"

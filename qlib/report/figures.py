@@ -12,7 +12,7 @@ from qlib.report.theme import HEIGHT, INK, PAPER, SOFT, family_mark
 
 __all__ = [
     "pareto", "pareto_front", "accuracy_deltas", "perplexity_ratios", "accuracy_by_level", "speed_bars", "loss_curve",
-    "loss_differences",
+    "loss_differences", "share_curves",
 ]  # fmt: skip
 
 NAMES = {
@@ -191,3 +191,19 @@ def loss_differences(frame):
         axes.xaxis.set_major_formatter(tokens)
 
     return drawn(draw, HEIGHT, "" if len(frame) else "Nothing was compared with fp32.")
+
+
+def share_curves(frame, of: str):
+    """A share in percent over tokens, a line per precision.
+
+    Args:
+        frame: as of `record_frames.shares_frame`. of: what the share is of.
+    """
+
+    def draw(axes):
+        lines(axes, frame, ("tokens", "Tokens"), ("share", f"{of} (%)"), "series")
+        axes.xaxis.set_major_formatter(tokens)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_ylim(bottom=0)
+
+    return drawn(draw, HEIGHT + 0.4, "" if len(frame) else "Nothing was counted.")

@@ -7,7 +7,7 @@ from qlib.report.tables import floor
 
 __all__ = [
     "data_frame", "spread", "spread_columns", "levels_frame", "formats_frame", "batches_frame", "batches_alt", "curve_frame", "passes_frame",
-    "curves_frame", "difference_frame", "difference_alt",
+    "curves_frame", "difference_frame", "difference_alt", "shares_frame", "shares_alt",
 ]  # fmt: skip
 
 
@@ -126,3 +126,22 @@ def difference_alt(frame) -> str:
     spans = frame.groupby("series", sort=False)["difference"].agg(["min", "max"])
     ranges = (f"{name} lies between {row['min']:.2g} and {row['max']:.2g} nats" for name, row in spans.iterrows())
     return f"Loss minus that of fp32: {'; '.join(ranges)}."
+
+
+def shares_frame(shares: dict[str, dict[str, list]]):
+    """tokens, share (%), series: from ``details.zero_gradients`` or ``lost_updates`` of a comparison of precisions."""
+    rows = [
+        {"tokens": tokens, "share": 100 * share, "series": name}
+        for name, seeds in shares.items()
+        for points in seeds.values()
+        for tokens, share in points
+    ]
+    return data_frame(rows, ["tokens", "share", "series"])
+
+
+def shares_alt(frame, what: str) -> str:
+    """The finding of a figure of shares in words; `what`: of what, e.g. gradients that are 0."""
+    if frame.empty:
+        return f"No share of {what} was counted."
+    means = frame.groupby("series", sort=False)["share"].mean()
+    return f"Share of {what}, mean over the training: " + ", ".join(f"{name} {mean:.2g} %" for name, mean in means.items()) + "."

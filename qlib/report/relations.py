@@ -1,8 +1,11 @@
 """How strategies hang together, told from their recipes alone: controls, what training began with, ablations."""
 
 from collections import Counter
+from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
+from qlib.options import options_of
 from qlib.recipe import pass_names
 from qlib.report.book import Book, Entry
 
@@ -13,7 +16,16 @@ Recipe = list[dict[str, Any]]
 
 
 def _recipe(entry: Entry) -> Recipe:
-    return [step for step in entry.params.get("recipe") or [] if isinstance(step, dict)]
+    """The passes with all their options: a record of an earlier version lacks those that came later."""
+    steps = [step for step in entry.params.get("recipe") or [] if isinstance(step, dict)]
+    return [_defaults(str(step.get("pass"))) | step for step in steps]
+
+
+@lru_cache(maxsize=None)
+def _defaults(name: str) -> dict[str, Any]:
+    """The options that a pass has if none are given; none of a pass that is unknown."""
+    module = pass_names().get(name)
+    return asdict(options_of(module)[0]()) if module else {}
 
 
 def _trains(step: dict[str, Any]) -> bool:

@@ -100,7 +100,7 @@ def precision_table(entry: Entry | None) -> Table:
     where = f" on {entry.device}" if entry else ""
     protocol = f" {entry.record['protocol']}." if entry and entry.record.get("protocol") else ""
     caption = (
-        f"The same training{where} in three precisions, each compared with the fp32 run of the same seed. What was too "
+        f"The same training{where} in several precisions, each compared with the fp32 run of the same seed. What was too "
         f"slow to run to its end has no quality.{protocol}"
     )
     return table(["Precision", *names.values()], rows, caption, "precision")

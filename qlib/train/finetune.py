@@ -3,32 +3,32 @@
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Iterator, Literal
+from typing import Any, Iterator, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qlib.data.training_text import check_budget, held_out_windows, read_training
-from qlib.errors import UserError
+from qlib.errors import UserError, nearest
 from qlib.evaluate.memory import track_peak
 from qlib.evaluate.precision import in_float32
 from qlib.models.families import blocks_of, family_of, linears_of
 from qlib.models.load import Subject, load
 from qlib.progress import progress
-from qlib.prune.mask import mask_of
 from qlib.recipe import Context
 from qlib.record import Measurement
-from qlib.train.fake_quant import pack_again, unpack_for_training
-from qlib.train.pretrain import Schedule, Trainer, batch_at, next_token_loss
+from qlib.train.early import Best
+from qlib.train.losses import distillation_loss, divergence_from, held_out_loss
+from qlib.train.pretrain import Schedule, Trainer, batch_at
+from qlib.train.ways import WAYS
 
 __all__ = ["Options", "SCOPE", "check", "apply", "distillation_loss", "drift"]
 
 SCOPE = "model"
 PLAIN_INTEGERS = True
 HELD_OUT = 64  # windows of the development split
-POINTS = 4  # of the held-out curve, after the one before training
+POINTS, MANY_POINTS = 4, 16  # of the held-out curve, after the one before training; and where it decides when to stop
 CURVE = 40  # points of the training curve, at most
 
 
@@ -44,6 +44,14 @@ class Options:
         warmup: share of the steps over which the learning rate rises.
         loss: cross_entropy of the next token, or distillation: the divergence from the uncompressed model's prediction.
         text: "reference" for the training split of the shipped corpus, or a text file or folder.
+        hidden: with distillation, how much the relative distance of hidden states counts beside the divergence.
+        patience: held-out losses in a row, of 16, that may be no better than the best before training stops; the best
+            weights are kept then. null: train to the end and keep the last.
+        train: what learns. full: everything; lora: low-rank adapters beside the linears, merged into them at the end;
+            scales: scales and zeros of packed layers.
+        rank: of the adapters.
+        alpha: times what the adapters add, divided by the rank.
+        targets: which linears have adapters, e.g. [q_proj, v_proj]; null: all linears of the blocks.
     """
 
     tokens: int = field(default=500_000, metadata={"minimum": 1})
@@ -53,6 +61,12 @@ class Options:
     warmup: float = 0.05
     loss: Literal["cross_entropy", "distillation"] = "cross_entropy"
     text: str = "reference"
+    hidden: float = field(default=0.0, metadata={"minimum": 0})
+    patience: int | None = field(default=None, metadata={"minimum": 0})
+    train: Literal["full", "lora", "scales"] = "full"
+    rank: int = field(default=16, metadata={"minimum": 1})
+    alpha: float = 16.0
+    targets: list[str] | None = None
 
     def schedule(self, seed: int) -> Schedule:
         """These settings as `qlib.train.pretrain` wants them. Not compiled: that would take longer than it saves."""
@@ -60,6 +74,11 @@ class Options:
         return Schedule(
             self.tokens, self.batch_tokens, stages, rate, warmup=self.warmup, weight_decay=0.0, seed=seed, compile=False
         )
+
+
+def needs_grid(options: Options) -> bool:
+    """Whether there is nothing to train without packed layers."""
+    return options.train == "scales"
 
 
 def check(subject: Subject, options: Options) -> None:
@@ -81,14 +100,21 @@ def check(subject: Subject, options: Options) -> None:
         raise UserError(f"peak_lr: {options.peak_lr} is not allowed; allowed: more than 0")
     if not 0 <= options.warmup < 1:
         raise UserError(f"warmup: {options.warmup} is not allowed; allowed: 0 to less than 1")
+    if options.hidden < 0 or (options.hidden and options.loss != "distillation"):
+        raise UserError(f"hidden: {options.hidden} is not allowed with loss {options.loss}; allowed: 0, or more with distillation")
+    if options.patience is not None and options.patience < 0:
+        raise UserError(f"patience: {options.patience} is not allowed; allowed: at least 0, or null")
+    if options.train not in WAYS:
+        raise UserError(f"train: '{options.train}' is unknown{nearest(options.train, WAYS)}; allowed: {', '.join(WAYS)}")
+    WAYS[options.train].check(subject, options)
     check_budget(subject.tokenizer, options.text, options.tokens)
 
 
 def apply(subject: Subject, options: Options, context: Context) -> Subject:
     """Train `subject.model` in place.
 
-    fp32 weights, bf16 autocast, AdamW without decay. Packed layers are trained through rounding and packed
-    again in their format (see `fake_quant`); pruned weights stay zero; norms, biases and embedding are always trained.
+    fp32 weights, bf16 autocast, AdamW without decay. What learns depends on the way (see `qlib.train.ways`); packed
+    layers are packed again in their format, and pruned weights stay zero.
     A later fine-tuning pass of the same recipe reads other text, but runs the same for the same seed.
 
     Returns:
@@ -106,20 +132,11 @@ def apply(subject: Subject, options: Options, context: Context) -> Subject:
         teacher = None
         if options.loss == "distillation":
             teacher = load(source.name, str(subject.model.device), source.revision).model
-        found = _train(subject.model, stream, held_out, schedule, teacher)
-    training = [*earlier, {"loss": options.loss, "tokens": tokens, "steps": schedule.steps} | found]
+        found = _train(subject.model, stream, held_out, options, context.seed, teacher)
+    training = [*earlier, {"loss": options.loss} | found]
     before = subject.measurements.get("train.peak_rss_bytes")
     costs = _costs(training, max(peak.bytes, before.value if before else 0))
     return replace(subject, measurements=subject.measurements | costs, details=subject.details | {"training": training})
-
-
-def distillation_loss(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of the Kullback-Leibler divergence of the teacher's prediction from the model's, in nats.
-
-    Hinton et al. 2015 (arXiv:1503.02531) at temperature 1. Logits `[..., vocabulary]`, computed in fp32.
-    """
-    ours, theirs = (given.float().flatten(0, -2).log_softmax(-1) for given in (logits, teacher))
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def _costs(training: list[dict[str, Any]], peak: float) -> dict[str, Measurement]:
@@ -136,75 +153,59 @@ def _costs(training: list[dict[str, Any]], peak: float) -> dict[str, Measurement
 
 
 def _train(
-    model: nn.Module, stream: np.ndarray, held_out: torch.Tensor, schedule: Schedule, teacher: nn.Module | None
+    model: nn.Module, stream: np.ndarray, held_out: torch.Tensor, options: Options, seed: int, teacher: nn.Module | None
 ) -> dict[str, Any]:
-    """Train in place; returns seconds, curve and the loss on held-out windows."""
+    """Train in place; returns tokens, steps, seconds, curve, the loss on held-out windows and how many parameters learned."""
+    schedule, way = options.schedule(seed), WAYS[options.train]
     size, seconds, losses = schedule.batch_tokens, 0.0, []
-    stops = {round(schedule.steps * point / POINTS) for point in range(1, POINTS)} - {0, schedule.steps}
+    points = POINTS if options.patience is None else MANY_POINTS
+    stops = {round(schedule.steps * point / points) for point in range(1, points + (options.patience is not None))} - {0}
     with in_float32(model):
-        development = [[0, _held_out_loss(model, held_out)]]
-    with _trainable(model) as masks:
+        development = [[0, held_out_loss(model, held_out)]]
+    with _training(model), way.trainable(model, options, seed) as settle:
+        best = Best(model, options.patience)
         trainer = Trainer(model, schedule)
         if teacher is not None:
-            trainer.loss_of = _divergence_from(teacher)
+            trainer.loss_of = divergence_from(teacher, options.hidden)
         for step in progress(0, schedule.steps, "training"):
             begun = time.perf_counter()
             losses.append(trainer.step(batch_at(stream, schedule, step), step))
-            for weight, mask in masks:
-                weight.data.mul_(mask)
+            settle()
             seconds += time.perf_counter() - begun
             if step + 1 in stops:
-                development.append([(step + 1) * size, _held_out_loss(model, held_out)])
+                development.append([(step + 1) * size, held_out_loss(model, held_out)])
                 model.train()
+                if best.tell(development[-1][1]):
+                    break
         del trainer  # the optimizer's state is not needed beside what comes
+        best.restore()
     with in_float32(model):
-        development.append([schedule.steps * size, _held_out_loss(model, held_out)])
-    return {"seconds": seconds, "curve": _thinned(losses, size), "development": development}
-
-
-def _divergence_from(teacher: nn.Module) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
-    """The loss of a model on ids `[rows, length]`: how far it is from what the teacher predicts."""
-
-    def loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids, use_cache=False).logits
-        return distillation_loss(model(input_ids=ids, use_cache=False).logits, wanted)
-
-    return loss
+        development.append([len(losses) * size, held_out_loss(model, held_out)])
+    learning = sum(parameter.numel() for parameter in best.parameters)
+    found = {"way": options.train, "trained_parameters": learning} | way.describe(options)
+    found |= {"tokens": len(losses) * size, "steps": len(losses), "seconds": seconds}
+    return found | {"curve": _thinned(losses, size), "development": development}
 
 
 @contextmanager
-def _trainable(model: nn.Module) -> Iterator[list[tuple[nn.Parameter, torch.Tensor]]]:
-    """fp32 parameters that learn; afterwards bf16 ones that do not, and packed layers where there were packed layers.
+def _training(model: nn.Module) -> Iterator[None]:
+    """fp32 parameters in training; afterwards bf16 ones that do not learn.
 
-    Only parameters change their type: rotary frequencies are fp32 in a bf16 model as well. Yields the weights of pruned
-    linears with their masks; those that were packed keep theirs themselves.
+    Only parameters change their type: rotary frequencies are fp32 in a bf16 model as well.
     """
     attention = model.config._attn_implementation
-    masks = [(linear.weight, mask_of(linear)) for linear in model.modules() if isinstance(linear, nn.Linear)]
-    unpack_for_training(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
-    model.requires_grad_(True)
     model.set_attn_implementation("eager")  # on a CPU the plain form trains faster on short windows than the fused one
     model.train()
     try:
-        yield [(weight, mask) for weight, mask in masks if mask is not None]
+        yield
     finally:
         model.eval()
         model.set_attn_implementation(attention)
         model.requires_grad_(False)
-        pack_again(model)
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-
-
-@torch.no_grad()
-def _held_out_loss(model: nn.Module, ids: torch.Tensor, rows: int = 16) -> float:
-    """Mean cross-entropy in nats over ids `[windows, length]`, in fp32."""
-    model.eval()
-    parts = [next_token_loss(model, part.to(model.device)).item() * len(part) for part in ids.split(rows)]
-    return sum(parts) / len(ids)
 
 
 def _thinned(losses: list[float], batch_tokens: int) -> list[list[float]]:

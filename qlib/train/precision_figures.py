@@ -88,7 +88,7 @@ def _quality(own: list[dict], base: list[dict], owners: np.ndarray, draws: np.nd
 
 def details_of(found: list[dict[str, dict]], seeds: Sequence[int], batch_tokens: int) -> dict[str, Any]:
     """What else belongs into the record, by precision."""
-    names = ("curves", "loss_scale", "skipped_steps", "speedup", "memory", "by_seed")
+    names = ("curves", "loss_scale", "zero_gradients", "lost_updates", "skipped_steps", "speedup", "memory", "by_seed")
     details: dict[str, Any] = {name: {} for name in names}
     for one in found[0]:
         runs = {str(seed): by[one] for seed, by in zip(seeds, found)}
@@ -96,6 +96,10 @@ def details_of(found: list[dict[str, dict]], seeds: Sequence[int], batch_tokens:
         details["skipped_steps"][one] = {seed: run["skipped"] for seed, run in runs.items()}
         if one == "fp16":
             details["loss_scale"] = {seed: run["scales"] for seed, run in runs.items()}
+        for key, name in (("zeros", "zero_gradients"), ("lost", "lost_updates")):
+            points = {seed: [[at * batch_tokens, share] for at, share in run[key]] for seed, run in runs.items()}
+            if all(share is not None for by in points.values() for _, share in by):
+                details[name][one] = points
         keys = ("before", "peak", "cuda_peak")
         details["memory"][one] = {key: max(run[key] for run in runs.values()) for key in keys}
         details["speedup"][one] = _speedup(runs.values(), [by[REFERENCE] for by in found])

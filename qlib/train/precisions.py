@@ -1,4 +1,4 @@
-"""Compare training precisions: the same model, weights, batches and steps, in fp32, tf32, bf16 and fp16.
+"""Compare training precisions: the same model, weights, batches and steps, in fp32, tf32, mixed precision and pure bf16.
 
 Every precision trains in a process of its own, so that its peak memory is its own, and the processes take turns of a
 few steps, so that whatever else happens to the machine happens to all of them.
@@ -26,7 +26,8 @@ from qlib.models.load import load
 from qlib.progress import progress
 from qlib.record import Measurement
 from qlib.train.precision_figures import REFERENCE, TURN, details_of, measurements_of
-from qlib.train.pretrain import Schedule, Trainer, batch_at, check_precision
+from qlib.train.precision import FORMATS, check_precision
+from qlib.train.pretrain import Schedule, Trainer, batch_at
 from qlib.train.remote import Remote
 
 __all__ = ["compare_precisions", "Comparison", "Run", "random_weights", "REFERENCE"]
@@ -80,15 +81,30 @@ class Run:
         return self.before
 
     def steps(self, first: int, count: int) -> dict[str, Any]:
-        """Take steps; returns their losses, seconds, the loss scale after them and how many were skipped so far."""
+        """Take steps; returns their losses, seconds, the loss scale after them and how many were skipped so far.
+
+        Also, of the last step, the share of gradients that were 0 (`zeros`) and, of pure bf16, of updates that were lost.
+        """
         with track_peak() as peak:
             begun = time.perf_counter()
             numbers = range(first, first + count)
-            losses = [self.trainer.step(batch_at(self.stream, self.schedule, number), number) for number in numbers]
+            losses = [self._step(number) for number in numbers[:-1]]
             seconds = time.perf_counter() - begun
+            self.trainer.watch = True  # in the last step alone, and outside of what is timed
+            begun = time.perf_counter()
+            losses.append(self._step(numbers[-1]))
+            last = time.perf_counter() - begun
+            self.trainer.watch = False
         self.peak = max(self.peak, peak.bytes)
-        found = {"losses": losses, "seconds": seconds, "peak": self.peak}
-        return found | {"scale": self.trainer.scale, "skipped": self.trainer.skipped, "cuda_peak": self._cuda_peak()}
+        seconds = seconds * count / (count - 1) if count > 1 else last
+        found = {"losses": losses, "seconds": seconds, "peak": self.peak, "zeros": self.trainer.zeros}
+        optimizer = self.trainer.optimizer
+        lost = optimizer.lost / max(optimizer.updates, 1) if hasattr(optimizer, "lost") else None
+        found |= {"scale": self.trainer.scale, "skipped": self.trainer.skipped, "lost": lost}
+        return found | {"cuda_peak": self._cuda_peak()}
+
+    def _step(self, number: int) -> float:
+        return self.trainer.step(batch_at(self.stream, self.schedule, number), number)
 
     def score(self, windows: Sequence[Sequence[int]], start: int) -> tuple[np.ndarray, np.ndarray]:
         """Negative log-likelihood and tokens of each window, in fp32 whatever trained the weights."""
@@ -114,7 +130,7 @@ def compare_precisions(
     Args:
         training: has ``tokens``, ``length``, ``batch_tokens``, ``peak_lr``, ``seeds`` and ``fp16_steps``: fp16 ends
             after so many steps on a CPU, which has no fast path for it, and has no final quality then.
-        precisions: fp32 and others of `qlib.train.pretrain.Precision`.
+        precisions: fp32 and others of `qlib.train.precision`.
         calibration: has ``text``, the training split of which is trained on.
         evaluation: has ``text``, ``documents``, ``length`` and ``bootstrap``; its evaluation split is scored.
         seed: of the first run's weights and order of batches; further seeds count up from it.
@@ -130,8 +146,9 @@ def compare_precisions(
     windows = cut_windows(encode(subject.tokenizer, [document.text for document in documents]), evaluation.length)
     schedules = {one: schedule_of(training, one) for one in precisions}
     lengths = {one: schedule.steps for one, schedule in schedules.items()}
-    if device == "cpu" and "fp16" in lengths:
-        lengths["fp16"] = min(training.fp16_steps, lengths["fp16"])
+    for one in lengths:
+        if device == "cpu" and FORMATS[one].autocast == torch.float16:
+            lengths[one] = min(training.fp16_steps, lengths[one])
     seeds = range(seed, seed + training.seeds)
     threads = torch.get_num_threads()
     runs: dict[str, Remote] = {}
@@ -186,7 +203,10 @@ def _train(
 ) -> dict[str, dict[str, Any]]:
     """One seed: the runs take turns, in an order that turns about. What each of them did, by precision."""
     steps = lengths[REFERENCE]
-    found = {one: {"before": run("begin", seed), "turns": [], "losses": [], "scales": []} for one, run in runs.items()}
+    found = {
+        one: {"before": run("begin", seed), "turns": [], "losses": [], "scales": [], "zeros": [], "lost": []}
+        for one, run in runs.items()
+    }
     for turn in progress(0, -(-steps // TURN), "training"):
         first = turn * TURN
         for one in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
@@ -195,7 +215,8 @@ def _train(
                 done = runs[one]("steps", first, count)
                 found[one]["losses"] += done["losses"]
                 found[one]["turns"].append((count, done["seconds"]))
-                found[one]["scales"].append((first + count, done["scale"]))
+                for key, value in (("scales", "scale"), ("zeros", "zeros"), ("lost", "lost")):
+                    found[one][key].append((first + count, done[value]))
                 found[one] |= {key: done[key] for key in ("peak", "skipped", "cuda_peak")}
     for one, run in runs.items():
         if lengths[one] == steps:

@@ -3,10 +3,9 @@
 import json
 import os
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Iterator, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +13,11 @@ from torch.nn import functional as F
 
 from qlib.errors import UserError
 from qlib.progress import clock
+from qlib.train.bf16_adamw import Bf16AdamW
+from qlib.train.precision import FORMATS, INITIAL_SCALE, Precision, check_precision, products
 
-__all__ = ["Schedule", "Precision", "Trainer", "pretrain", "batch_at", "next_token_loss"]
+__all__ = ["Schedule", "Trainer", "pretrain", "batch_at", "next_token_loss"]
 
-#: Of the forward and backward pass; the weights and the optimizer's state are fp32 in all of them.
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-#: What `torch.set_float32_matmul_precision` calls the products of fp32 matrices.
-PRODUCTS = {"fp32": "highest", "tf32": "high"}
-INITIAL_SCALE = 2.0**16  # of fp16 losses; halved whenever a gradient is not finite
 
 @dataclass(frozen=True)
 class Schedule:
@@ -100,12 +95,14 @@ def next_token_loss(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 class Trainer:
     """Trains `model` in place, one step at a time, in the schedule's precision.
 
-    bf16 and fp16 are autocast: matrix products in 16 bits, everything else in fp32. fp16 reaches down to 6e-8 only, so
+    Mixed precision is autocast: matrix products in 16 bits, everything else in fp32. fp16 reaches down to 6e-8 only, so
     its loss is scaled up before the backward pass, and a step whose gradients overflow is left out and the scale halved
-    (Micikevicius et al. 2018).
+    (Micikevicius et al. 2018). Pure bf16 turns the parameters into bf16.
 
     Attributes:
-        skipped: steps that were left out.
+        skipped: steps that were left out. zeros: share of the gradients of the linears in blocks that was 0 in the last step,
+            if `watch`; in fp32 hardly any is.
+        watch: whether to count them.
 
     Raises:
         UserError: the device does not know the precision.
@@ -113,14 +110,21 @@ class Trainer:
 
     def __init__(self, model: torch.nn.Module, schedule: Schedule):
         self.model, self.schedule, self.skipped = model, schedule, 0
+        self.watch, self.zeros = False, 0.0
         self.device = next(model.parameters()).device.type
         check_precision(schedule.precision, self.device)
+        self.format = FORMATS[schedule.precision]
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(self.format.weights)
         decay = [p for p in model.parameters() if p.ndim > 1]
         plain = [p for p in model.parameters() if p.ndim <= 1]
         groups = [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=schedule.peak_lr, betas=(0.9, 0.95), fused=True)
-        scaled = schedule.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(self.device, init_scale=INITIAL_SCALE, enabled=scaled)
+        told = {"lr": schedule.peak_lr, "betas": (0.9, 0.95)}
+        if self.format.weights == torch.bfloat16:
+            self.optimizer = Bf16AdamW(groups, **told, rounding=self.format.rounding, seed=schedule.seed)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, **told, fused=True)
+        self.scaler = torch.amp.GradScaler(self.device, init_scale=INITIAL_SCALE, enabled=self.format.scaled)
         self.loss_of = torch.compile(next_token_loss, dynamic=False) if schedule.compile else next_token_loss
 
     @property
@@ -132,11 +136,13 @@ class Trainer:
         """Take step `number` of the schedule on token ids `[rows, length]` and return the loss before it in nats."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(number)
-        precision = self.schedule.precision
-        with products(precision):
-            with torch.autocast(self.device, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+        inside = self.format.autocast
+        with products(self.schedule.precision):
+            with torch.autocast(self.device, dtype=inside, enabled=inside is not None):
                 loss = self.loss_of(self.model, ids.to(self.device))
             self.scaler.scale(loss).backward()
+        if self.watch:
+            self.zeros = _zero_share(self.model)
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.schedule.clip)
         before = self.scale
@@ -147,30 +153,15 @@ class Trainer:
         return loss.item()
 
 
-def check_precision(precision: str, device: str) -> None:
-    """Refuse a precision that is unknown, or that the device lacks.
+def _zero_share(model: torch.nn.Module) -> float:
+    """Share of the gradients of all linears but the head that is exactly 0.
 
-    Raises:
-        UserError: so it is; the message says why.
+    Those of the embedding are left out: rows of tokens that a batch does not have are 0 in any format.
     """
-    if precision not in get_args(Precision):
-        raise UserError(f"precision: '{precision}' is unknown; allowed: {', '.join(get_args(Precision))}")
-    if precision == "tf32" and device != "cuda":
-        raise UserError(
-            f"precision: 'tf32' is a format of NVIDIA's tensor cores, the device is {device}; "
-            f"allowed here: {', '.join(one for one in get_args(Precision) if one != 'tf32')}"
-        )
-
-
-@contextmanager
-def products(precision: str) -> Iterator[None]:
-    """How products of fp32 matrices are computed for a while; the global setting comes back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(PRODUCTS.get(precision, before))
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    head = model.get_output_embeddings()
+    linears = (one for one in model.modules() if isinstance(one, torch.nn.Linear) and one is not head)
+    found = [(one.weight.grad == 0).float().mean().item() for one in linears if one.weight.grad is not None]
+    return float(np.mean(found)) if found else 0.0
 
 
 def pretrain(

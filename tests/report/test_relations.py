@@ -68,3 +68,16 @@ def test_kinds_are_the_folders_of_the_passes():
     pruning = next(name for name, module in pass_names().items() if ".prune." in module)
     recipe = [{"pass": pruning}, {"pass": "rtn"}, {"pass": "finetune"}, {"pass": "of another version"}]
     assert kinds(SimpleNamespace(params={"recipe": recipe})) == {"prune", "quantize", "train"}
+
+
+def test_a_record_of_an_earlier_version_lacks_options_that_came_later(tmp_path, make):
+    """Its control is found all the same: what it did not know is what it did."""
+    folder = tmp_path / "reference-2" / "cpu"
+    short = {"pass": "finetune", "tokens": 1000, "peak_lr": 1e-3}
+    whole = short | {"train": "full", "patience": None, "hidden": 0.0}
+    make.strategy(folder, "control", "finetuning", [whole], 6.0, 5)
+    make.strategy(folder, "tuned", "finetuning", [{"pass": "rtn", "bits": 3}, short], 6.5, 5)
+    make.strategy(folder, "other", "finetuning", [{"pass": "rtn", "bits": 3}, short | {"train": "lora"}], 6.5, 5)
+    book = collect(tmp_path, tmp_path / "none")
+    assert name_of(control_of(book, book.get("tuned"))) == "control"
+    assert control_of(book, book.get("other")) is None

@@ -15,21 +15,7 @@ from qlib.prune.mask import PrunedWeight, mask_of, put_pruned
 from qlib.record import check_measurements
 from qlib.train import fake_quant, finetune
 from qlib.train.finetune import distillation_loss
-
-WORDS = "for one in range(10):\n    print(one + {}, {})\n\nclass Point:\n    def add(self, index):\n        return 0\n"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(500):
-        (folder / f"{number}.py").write_text(WORDS.format(number, number) * 5)
-    return str(folder)
-
-
-@pytest.fixture
-def step(text):
-    return {"pass": "finetune", "tokens": 8192, "length": 32, "batch_tokens": 512, "peak_lr": 0.01, "text": text}
+from qlib.train.ways import full
 
 
 def bits_of(model):
@@ -84,7 +70,7 @@ def test_what_is_evaluated_is_what_training_computed(model_folder, step, monkeyp
         seen["logits"] = logits(model)
         fake_quant.pack_again(model)
 
-    monkeypatch.setattr(finetune, "pack_again", pack_again)
+    monkeypatch.setattr(full, "pack_again", pack_again)
     tuned = compress(load(str(model_folder())), [{"pass": "rtn", "bits": 3, "group_size": 32}, step])
     layers = packed_layers(tuned.model)
     assert len(layers) == 14 and layers.keys() == seen["weights"].keys()
@@ -210,6 +196,6 @@ def test_drift_is_zero_without_training_and_leaves_out_other_shapes(model_folder
     assert [one["error"] for one in finetune.drift(original.model, original.model)] == [0.0] * 14
     rounded = compress(load(str(model_folder())), [{"pass": "rtn", "bits": 3, "group_size": 32}])
     found = {one["name"]: one["error"] for one in finetune.drift(rounded.model, original.model)}
-    assert found == pytest.approx({layer["name"]: layer["error"] for layer in rounded.details["layers"]})
+    assert found == pytest.approx({layer["name"]: layer["error"] for layer in rounded.details["layers"]}, rel=1e-5)
     narrow = load(str(model_folder(name="narrow", intermediate_size=64)))
     assert len(finetune.drift(narrow.model, original.model)) == 8

@@ -4,17 +4,20 @@ import multiprocessing
 import os
 from importlib import import_module
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from qlib.errors import UserError
+from qlib.params.strategy import PRECISIONS
 from qlib.record import check_measurements, plain
 from qlib.train import precision_figures as figures
 from qlib.train import precisions as module
 from qlib.train.precisions import Run, check_precisions, random_weights, schedule_of
-from qlib.train.pretrain import INITIAL_SCALE, Schedule, Trainer, batch_at, next_token_loss, pretrain
+from qlib.train.precision import FORMATS, INITIAL_SCALE, Precision, products
+from qlib.train.pretrain import Schedule, Trainer, batch_at, next_token_loss, pretrain
 from qlib.train.remote import Remote
 
 STREAM = np.tile(np.arange(40, dtype=np.uint16), 60)
@@ -28,6 +31,10 @@ def trainer(model, precision, **changes):
 
 def run_steps(training, count=4):
     return [training.step(batch_at(STREAM, training.schedule, step), step) for step in range(count)]
+
+
+def test_strategy_files_know_the_same_precisions():
+    assert PRECISIONS == get_args(Precision) == tuple(FORMATS)
 
 
 def test_every_precision_sees_the_same_batches_in_the_same_order():
@@ -103,6 +110,29 @@ def test_a_step_that_overflows_is_left_out_and_the_scale_halved(tiny_model):
     assert training.skipped == 1 and not torch.equal(before[0], next(iter(training.model.parameters())))
 
 
+def test_without_a_scale_small_gradients_are_lost_and_counted(tiny_model):
+    shares = {}
+    for precision in ("fp32", "fp16", "fp16-unscaled"):
+        training = trainer(tiny_model(), precision)
+        real = training.loss_of
+        training.loss_of = lambda model, ids: real(model, ids) * 1e-4  # gradients as small as those of large models
+        training.watch = True
+        run_steps(training, 1)
+        shares[precision] = training.zeros
+    assert shares["fp32"] < 0.01 and shares["fp16"] < 0.02 and shares["fp16-unscaled"] > 0.2
+
+
+@pytest.mark.parametrize("precision", ["bf16-pure", "bf16-kahan", "bf16-stochastic"])
+def test_pure_bf16_holds_nothing_in_fp32(tiny_model, precision):
+    training = trainer(tiny_model(), precision)
+    losses = run_steps(training, 6)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in training.model.parameters())
+    state = [one for states in training.optimizer.state.values() for name, one in states.items() if name != "step"]
+    assert state and all(one.dtype == torch.bfloat16 for one in state)
+    exact = run_steps(trainer(tiny_model(), "fp32"), 6)
+    assert losses[-1] < losses[0] and abs(losses[-1] - exact[-1]) < 0.1
+
+
 def test_an_interrupted_fp16_run_keeps_its_scale(tiny_model, tmp_path):
     schedule = Schedule(tokens=4 * 128, batch_tokens=128, stages=((32, 1.0),), compile=False, precision="fp16")
     record = pretrain(tiny_model().float(), STREAM, STREAM[:2048], schedule, tmp_path)
@@ -118,7 +148,7 @@ def test_an_interrupted_fp16_run_keeps_its_scale(tiny_model, tmp_path):
     "precisions, words",
     [
         (["fp32", "tf32"], "precision: 'tf32' is a format of NVIDIA's tensor cores, the device is cpu"),
-        (["fp32", "fp8"], "precision: 'fp8' is unknown; allowed: fp32, tf32, bf16, fp16"),
+        (["fp32", "fp8"], "precision: 'fp8' is unknown; allowed: fp32, tf32, bf16, fp16, fp16-unscaled, bf16-pure, bf16-kahan, bf16-stochastic"),
         (["bf16"], "formats: fp32 is missing"),
         (["fp32", "bf16", "bf16"], "formats: 'bf16' is given twice"),
     ],
@@ -134,8 +164,6 @@ def test_what_cannot_be_compared_is_refused(precisions, words):
 
 
 def test_tf32_leaves_the_global_setting_alone():
-    from qlib.train.pretrain import products
-
     torch.set_float32_matmul_precision("medium")
     try:
         for precision, wanted in (("tf32", "high"), ("fp32", "highest"), ("bf16", "medium")):

@@ -1,5 +1,7 @@
 """Training: it learns, follows its schedule, and a resumed run is bit for bit the uninterrupted one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -22,9 +24,11 @@ def test_the_loss_falls_and_is_recorded(tiny_model, tmp_path):
     assert record["held_out"][-1][1] < record["held_out"][0][1] - 0.5
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "bf16-pure", "bf16-kahan", "bf16-stochastic"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model, tmp_path, monkeypatch, precision):
+    schedule = replace(SCHEDULE, precision=precision)
     whole, halves = tiny_model().float(), tiny_model().float()
-    train(whole, tmp_path / "whole")
+    train(whole, tmp_path / "whole", schedule)
     real, calls = module.next_token_loss, []
 
     def failing(model, ids):
@@ -35,10 +39,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_model, tmp_path, monkeyp
 
     monkeypatch.setattr(module, "next_token_loss", failing)
     with pytest.raises(KeyboardInterrupt):
-        train(halves, tmp_path / "halves")
+        train(halves, tmp_path / "halves", schedule)
     monkeypatch.setattr(module, "next_token_loss", real)
     again = tiny_model(seed=1).float()  # its weights come from the checkpoint
-    record = train(again, tmp_path / "halves")
+    record = train(again, tmp_path / "halves", schedule)
     assert record["step"] == 12
     for ours, theirs in zip(whole.parameters(), again.parameters()):
         assert torch.equal(ours, theirs)
