@@ -88,7 +88,7 @@ def shape_details(subject: Subject) -> dict[str, Any]:
     formats: dict[str, list[str]] = {}
     for block in blocks:
         for name, linear in linears_of(subject.model, block).items():
-            formats.setdefault(name, []).append(linear.grid.name if isinstance(linear, PackedLinear) else "bf16")
+            formats.setdefault(name, []).append(_format_of(linear))
     narrowed = subject.details.get("narrowed", "")
     known = sorted({one for column in formats.values() for one in column})
     if len(known) == 1:
@@ -98,6 +98,13 @@ def shape_details(subject: Subject) -> dict[str, Any]:
         for name, column in formats.items()
     }
     return kept | {"shape_format": None, "mix": mix}
+
+
+def _format_of(linear: nn.Module) -> str:
+    """Name of a linear's format; an adapter beside the codes takes time of its own, so the format is another."""
+    if not isinstance(linear, PackedLinear):
+        return "bf16"
+    return linear.grid.name + ("" if linear.adapter_up is None else f"+r{linear.adapter_up.shape[1]}")
 
 
 def _name(module: ModuleType) -> str:

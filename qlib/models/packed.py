@@ -10,6 +10,7 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.layers import PackedLinear, pack
+from qlib.layers.base import ADAPTER
 from qlib.layers.embedding import PackedEmbedding, tied_head
 from qlib.layers.sparse_storage import sparse_codes, sparse_floats
 from qlib.layers.storage import expected_tensors, from_tensors
@@ -50,6 +51,7 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
     from qlib.models.load import empty_model
 
     layers, pruned = config.quantization_config["layers"], config.quantization_config.get("pruned", {})
+    adapters = config.quantization_config.get("adapters", {})
     del config.quantization_config  # transformers knows no method of this name
     model = empty_model(config)
     read = _reader(entries, folder)
@@ -65,6 +67,9 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
         if getattr(module, "bias", None) is not None:
             module.bias = nn.Parameter(read(f"{name}.bias"), requires_grad=False)
         packed = PackedEmbedding(compressed) if isinstance(module, nn.Embedding) else pack(module, compressed)
+        if name in adapters:
+            with _named(folder, name):
+                packed.adapt(*_adapter(read, name, adapters[name], shape))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed)
     for name, survivors in pruned.items():
@@ -90,6 +95,15 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
     if not shared:
         model.tie_weights()
     return model
+
+
+def _adapter(read: Any, name: str, rank: int, shape: tuple[int, int]) -> list[torch.Tensor]:
+    """Both tensors of an adapter, `[rank, in]` and `[out, rank]`."""
+    tensors = [read(f"{name}.{part}") for part in ADAPTER]
+    for part, tensor, wanted in zip(ADAPTER, tensors, ((rank, shape[1]), (shape[0], rank))):
+        if tuple(tensor.shape) != wanted:
+            raise UserError(f"'{part}' has shape {list(tensor.shape)}, expected {list(wanted)}")
+    return tensors
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from qlib.errors import UserError
 from qlib.evaluate.footprint import measure_footprint
 from qlib.export import packed
 from qlib.layers import PackedLinear
+from qlib.layers.base import ADAPTER
 from qlib.models.families import family_of, is_tied
 from qlib.models.load import Subject
 from qlib.models.packed import coded_modules
@@ -63,6 +64,8 @@ def _write_gguf(subject: Subject, folder: Path) -> dict[str, Any]:
     """One file; what it takes for a weight of the blocks is not what our own format takes."""
     from qlib.export.gguf import export
 
+    if any(getattr(one, "adapter_up", None) is not None for one in subject.model.modules()):
+        raise UserError("gguf: a linear has an adapter beside its codes, for which the format has no place; merge it")
     bits = export(subject, folder)["bits_per_weight"]
     return {"size.bits_per_weight": Measurement(bits, "bits", method="types of the file", conditions="linears of the blocks")}
 
@@ -94,13 +97,19 @@ def _write(subject: Subject, folder: Path, format: str) -> dict[str, Any]:
     for name in sparse:
         tensors |= {f"{name}.{key}": value for key, value in packed.pruned_tensors(model.get_submodule(name)).items()}
         tensors.pop(f"{name}.weight", None)
+    adapted = {name: layer for name, layer in coded.items() if getattr(layer, "adapter_up", None) is not None}
+    if adapted and format not in ("packed", "dense"):
+        raise UserError(f"{format}: {next(iter(adapted))} has an adapter beside its codes, for which the format has no place; merge it")
+    if adapted and format == "packed":
+        config["quantization_config"]["adapters"] = {name: len(layer.adapter_down) for name, layer in adapted.items()}
+        tensors |= {f"{name}.{part}": getattr(layer, part) for name, layer in adapted.items() for part in ADAPTER}
     for name, layer in coded.items():
         if getattr(layer, "bias", None) is not None:
             tensors[f"{name}.bias"] = layer.bias
         if name in sparse:
             continue
         compressed = layer.compressed()
-        own = written.layer_tensors(compressed) if name in held else {"weight": compressed.dequantize().bfloat16()}
+        own = written.layer_tensors(compressed) if name in held else {"weight": _effective(layer).bfloat16()}
         tensors |= {f"{name}.{key}": value for key, value in own.items()}
     save_torch_state_dict({name: t.detach().contiguous() for name, t in tensors.items()}, folder, safe_serialization=True)
     _write_json(folder / "config.json", config)
@@ -110,6 +119,11 @@ def _write(subject: Subject, folder: Path, format: str) -> dict[str, Any]:
         _write_json(folder / "generation_config.json", generation.to_diff_dict())
     subject.tokenizer.save_pretrained(folder)
     return {}
+
+
+def _effective(layer: nn.Module) -> torch.Tensor:
+    """The fp32 weight of a packed linear or embedding."""
+    return layer.effective_weight() if isinstance(layer, PackedLinear) else layer.compressed().dequantize()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
