@@ -6,9 +6,10 @@ from pathlib import Path
 
 from qlib.errors import UserError
 
-__all__ = ["TensorEntry", "read_config", "read_entries", "check_entries", "check_tokenizer"]
+__all__ = ["TensorEntry", "read_config", "read_json", "read_entries", "check_entries", "check_tokenizer"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no config.json; a model folder holds config.json and *.safetensors")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file of a model folder says.
+
+    Raises:
+        UserError: it is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -106,5 +116,5 @@ def check_tokenizer(folder: Path) -> None:
     Raises:
         UserError: none is.
     """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        raise UserError(f"{folder}: has no tokenizer (tokenizer.json, vocab.json or tokenizer.model)")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise UserError(f"{folder}: has no tokenizer ({', '.join(TOKENIZERS)})")

@@ -11,13 +11,13 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.models.checkpoint import TensorEntry, check_entries, check_tokenizer, read_config, read_entries
-from qlib.models.families import family_of
+from qlib.models.families import CONVERTED, family_of
 from qlib.paths import MODELS, shipped_model
 
 __all__ = ["Subject", "Source", "load", "locate"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*"]
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def locate(model: str, revision: str | None = None) -> Source:
 def load(model: str = "reference", device: str = "cpu", revision: str | None = None) -> Subject:
     """Load `model` in bf16 for inference, after its files were checked against its configuration.
 
-    A checkpoint that `qlib.save` wrote in its packed format comes back with packed layers.
+    A checkpoint that `qlib.save` wrote in its packed format comes back with packed layers, an original Qwen as a Qwen2.
 
     Raises:
         UserError: unknown model, unsupported architecture, or a file that is missing, truncated, mis-shaped or holds
@@ -90,6 +90,12 @@ def load(model: str = "reference", device: str = "cpu", revision: str | None = N
     source = locate(model, revision)
     raw = read_config(source.folder)
     where = str(source.folder / "config.json")
+    if raw.get("model_type") in CONVERTED:
+        from qlib.models.qwen1 import load_original
+
+        network, tokenizer, details = load_original(source.folder, raw)
+        network.eval().requires_grad_(False)
+        return Subject(network.to(device), tokenizer, network.config, source, details=details)
     family = family_of(type("Raw", (), raw), where)
     packed = raw.get("quantization_config", {}).get("quant_method")
     if packed not in (None, "qlib"):

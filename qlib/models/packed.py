@@ -19,7 +19,7 @@ from qlib.models.families import family_of, is_tied
 from qlib.prune.mask import mark_pruned
 from qlib.quantize.grid import Grid
 
-__all__ = ["coded_modules", "share_codes", "load_packed"]
+__all__ = ["coded_modules", "share_codes", "load_packed", "rebuild_buffers"]
 
 
 def coded_modules(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding]:
@@ -91,7 +91,7 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
                 )
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
-    _rebuild_buffers(model, config)
+    rebuild_buffers(model, config)
     if not shared:
         model.tie_weights()
     return model
@@ -125,7 +125,7 @@ def _reader(entries: dict[str, TensorEntry], folder: Path):
     return read
 
 
-def _rebuild_buffers(model: nn.Module, config: Any) -> None:
+def rebuild_buffers(model: nn.Module, config: Any) -> None:
     """Buffers that no checkpoint stores (rotary frequencies) were left on the meta device: make them anew."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
