@@ -24,7 +24,7 @@ from typing import Any
 
 from qlib.errors import UserError, nearest
 
-__all__ = ["SCOPES", "Context", "BlockContext", "pass_names", "find_pass", "read_recipe"]
+__all__ = ["SCOPES", "Context", "BlockContext", "pass_names", "find_pass", "pass_name", "read_recipe"]
 
 #: What a pass works on, and how it is called: see `qlib.compress`.
 SCOPES = ("linear", "block", "plan", "model")
@@ -94,6 +94,11 @@ def find_pass(name: str) -> ModuleType:
     if name not in known:
         raise UserError(f"pass '{name}' is unknown{nearest(name, known)}; allowed: {', '.join(known)}")
     return import_module(known[name])
+
+
+def pass_name(module: ModuleType) -> str:
+    """What recipes call a pass."""
+    return module.__name__.rpartition(".")[2]
 
 
 def read_recipe(recipe: list[dict[str, Any]]) -> list[tuple[ModuleType, Any]]:

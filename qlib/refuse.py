@@ -8,6 +8,7 @@ from qlib.layers import packed_layers
 from qlib.models.families import blocks_of, linears_of
 from qlib.models.load import Subject
 from qlib.quantize.formats import Grid
+from qlib.recipe import pass_name
 
 __all__ = ["check_recipe"]
 
@@ -23,7 +24,7 @@ def check_recipe(subject: Subject, steps: list[tuple[ModuleType, Any]]) -> None:
     Raises:
         UserError: the first thing that cannot work.
     """
-    gridded = [_name(module) for module, options in steps if hasattr(options, "grid")]
+    gridded = [pass_name(module) for module, options in steps if hasattr(options, "grid")]
     if len(gridded) > 1:
         raise UserError(f"recipe: passes {', '.join(gridded)} each put the weights on a grid; only one of them can")
     if gridded and any(packed_layers(block) for block in blocks_of(subject.model)):
@@ -31,7 +32,7 @@ def check_recipe(subject: Subject, steps: list[tuple[ModuleType, Any]]) -> None:
     for index, (module, options) in enumerate(steps):
         where = f"recipe[{index}]"
         if reason := _out_of_order(subject, steps[:index], (module, options), steps[index + 1 :]):
-            raise UserError(f"{where}: pass '{_name(module)}' {reason}")
+            raise UserError(f"{where}: pass '{pass_name(module)}' {reason}")
         try:
             if hasattr(module, "check"):
                 module.check(subject, options)
@@ -73,7 +74,3 @@ def _check_groups(subject: Subject, grid: Grid) -> None:
                 f"group_size: {grid.group_size} does not divide the {linear.in_features} input channels of {name}; "
                 f"allowed here: {', '.join([*fit, 'null'])}"
             )
-
-
-def _name(module: ModuleType) -> str:
-    return module.__name__.rpartition(".")[2]
