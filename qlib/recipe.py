@@ -12,7 +12,8 @@ By scope, a pass has the function
 - `model`: ``apply(subject, options, context)``; changes the model in place and returns the subject.
 Block, plan and model passes that read calibration windows say so with ``CALIBRATES = True``, and with ``feeds(options)``
 if not all options do. Any pass may have
-``check(subject, options)``, which refuses what cannot work before anything is changed.
+``check(subject, options)``, which refuses what cannot work before anything is changed; a plan pass ``streams(options)``,
+which says whether it can plan for a model of which one block at a time is in memory (`qlib.stream`).
 """
 
 from dataclasses import dataclass

@@ -4,11 +4,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 from qlib.errors import UserError
 
-__all__ = ["TensorEntry", "read_config", "read_json", "read_entries", "check_entries", "check_tokenizer"]
+__all__ = ["TensorEntry", "read_config", "read_json", "read_entries", "read_header", "read_tensor", "check_entries", "check_tokenizer"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+PIECE = 2**22  # numbers that are looked at together
 TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
 
 
@@ -66,15 +70,32 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
                 "convert them to safetensors"
             )
         raise UserError(f"{folder}: has no *.safetensors file")
-    entries = {name: entry for file in files for name, entry in _read_header(file).items()}
+    entries = {name: entry for file in files for name, entry in read_header(file).items()}
     for name, file in weight_map.items():
         if name not in entries:
             raise UserError(f"{folder / file}: tensor '{name}' is missing although the index names it")
     return entries
 
 
-def _read_header(file: Path) -> dict[str, TensorEntry]:
-    """Parse a safetensors header: 8 bytes of length, JSON, then the data that the offsets point into."""
+def read_tensor(name: str, entry: TensorEntry) -> torch.Tensor:
+    """A tensor as it is stored, mapped from its file: it takes memory only once it is copied or changed.
+
+    Raises:
+        UserError: values that are not finite, naming file and tensor.
+    """
+    with safe_open(entry.file, "pt") as file:
+        tensor = file.get_tensor(name)
+    if not all(bool(torch.isfinite(part).all()) for part in tensor.view(-1).split(PIECE)):
+        raise UserError(f"{entry.file}: tensor '{name}' holds values that are not finite (NaN or infinity)")
+    return tensor
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Parse a safetensors header: 8 bytes of length, JSON, then the data that the offsets point into.
+
+    Raises:
+        UserError: the file is missing, truncated or no safetensors file.
+    """
     if not file.is_file():
         raise UserError(f"{file}: is missing although the index names it")
     size = file.stat().st_size

@@ -14,7 +14,7 @@ from qlib.models.checkpoint import TensorEntry, check_entries, check_tokenizer, 
 from qlib.models.families import CONVERTED, family_of
 from qlib.paths import MODELS, shipped_model
 
-__all__ = ["Subject", "Source", "load", "locate"]
+__all__ = ["Subject", "Source", "load", "locate", "empty_model", "expected_shapes", "load_tokenizer"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.tiktoken"]
@@ -101,14 +101,14 @@ def load(model: str = "reference", device: str = "cpu", revision: str | None = N
     if packed not in (None, "qlib"):
         raise UserError(f"{where}: quantization_config.quant_method: '{packed}' is not supported; allowed: qlib")
     entries = read_entries(source.folder)
-    tokenizer = _load_tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder)
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     if packed:
         from qlib.models.packed import load_packed, share_codes
 
         network = load_packed(source.folder, config, entries)
     else:
-        check_entries(entries, _expected(config, entries), source.folder)
+        check_entries(entries, expected_shapes(config, entries), source.folder)
         with _without_bar():
             network = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
@@ -144,7 +144,7 @@ def empty_model(config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
 
 
-def _expected(config: Any, entries: dict[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Any, entries: dict[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that must be there; a tied head need not be."""
     shapes = {name: tuple(p.shape) for name, p in empty_model(config).named_parameters(remove_duplicate=False)}
     head = f"{family_of(config).head}.weight"
@@ -161,7 +161,12 @@ def check_finite(model: nn.Module, entries: dict[str, TensorEntry], folder: Path
             raise UserError(f"{file}: tensor '{name}' holds values that are not finite (NaN or infinity)")
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; no code of its own is run.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     check_tokenizer(folder)

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.models.checkpoint import TensorEntry, check_entries, read_entries, read_json
+from qlib.models.checkpoint import TensorEntry, check_entries, read_entries, read_json, read_tensor
 from qlib.models.packed import rebuild_buffers
 from qlib.models.qwen1_config import context_note, convert_config, convert_generation
 from qlib.models.qwen1_tokenizer import FILE, IM_END, IM_START, load_ranked
 
-__all__ = ["qwen2_names", "convert_tensor", "expected_tensors", "check_original", "read_converted", "load_original"]
+__all__ = ["qwen2_names", "convert_tensor", "expected_tensors", "check_original", "read_converted", "describe_original", "load_original"]
 
 OUTSIDE = {
     "transformer.wte.weight": "model.embed_tokens.weight",
@@ -128,15 +127,29 @@ def read_converted(
     """
     for name, entry in entries.items():
         if qwen2_names(name):
-            with safe_open(entry.file, "pt") as file:
-                tensor = file.get_tensor(name)
-            if not torch.isfinite(tensor).all():
-                raise UserError(f"{entry.file}: tensor '{name}' holds values that are not finite (NaN or infinity)")
-            yield from convert_tensor(name, tensor.to(dtype)).items()
+            yield from convert_tensor(name, read_tensor(name, entry).to(dtype)).items()
 
 
 def load_original(folder: Path, raw: dict[str, Any]) -> tuple[nn.Module, Any, dict[str, str]]:
     """The checkpoint as a Qwen2 model in bf16, in memory, its tokenizer, and what there is to say about it.
+
+    Args:
+        raw: what config.json says.
+
+    Raises:
+        UserError: a file, a field or a tensor that does not fit.
+    """
+    model, tokenizer, entries, details = describe_original(folder, raw)
+    model.load_state_dict(dict(read_converted(entries)), assign=True)
+    return model, tokenizer, details
+
+
+def describe_original(
+    folder: Path, raw: dict[str, Any]
+) -> tuple[nn.Module, Any, dict[str, TensorEntry], dict[str, str]]:
+    """The checkpoint as a Qwen2 without weights, its tokenizer, its tensors, and what there is to say about it.
+
+    The weights of the model lie on the meta device, its buffers are there.
 
     Args:
         raw: what config.json says.
@@ -157,10 +170,9 @@ def load_original(folder: Path, raw: dict[str, Any]) -> tuple[nn.Module, Any, di
             f"{where}: vocab_size: {config['vocab_size']} is not allowed; allowed: at least {len(tokenizer)} ({FILE})"
         )
     model = empty_model(Qwen2Config(**{"eos_token_id": tokenizer.eos_token_id} | config))
-    model.load_state_dict(dict(read_converted(entries)), assign=True)
     rebuild_buffers(model, model.config)
     if (told := folder / "generation_config.json").is_file():
         ends = tokenizer.convert_tokens_to_ids([IM_END, IM_START])
         model.generation_config = GenerationConfig(**convert_generation(read_json(told), ends))
     note = context_note(raw, where)
-    return model, tokenizer, {"context": note} if note else {}
+    return model, tokenizer, entries, {"context": note} if note else {}
