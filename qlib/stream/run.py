@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from qlib.allocator import keep_freed_memory
 from qlib.blockwise import Step, compress_block, wants_targets
 from qlib.compress import WALKED, calibration_ids, later_grid
 from qlib.errors import UserError
@@ -44,6 +45,7 @@ def stream(
         UserError: a recipe that needs the whole model; a broken checkpoint; a folder that cannot be written, or holds
             what other parameters began.
     """
+    keep_freed_memory()
     steps = read_recipe(recipe)
     check_streams(steps)
     subject, stored = open_model(model)
