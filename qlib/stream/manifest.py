@@ -63,7 +63,7 @@ class Manifest:
         self.complete = False
         if self.path.is_file():
             self._go_on(folder)
-        elif any(one != work for one in folder.iterdir()):
+        elif folder.is_dir() and any(one != work for one in folder.iterdir()):
             raise UserError(f"output: {folder} is there already and holds no {NAME}; name a folder that is not there, or empty")
 
     def _go_on(self, folder: Path) -> None:
@@ -109,4 +109,10 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
         return [line for path, key in pairs for line in _differences(old.get(key), new.get(key), path)]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [line for at, pair in enumerate(zip(old, new)) for line in _differences(*pair, f"{name}.{at}")]
-    return [] if old == new else [f"{name}: {json.dumps(old)} -> {json.dumps(new)}"]
+    return [] if old == new else [f"{name}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    """A value, or the begin of a hash."""
+    text = json.dumps(value)
+    return f"{text[1:11]}..." if isinstance(value, str) and len(value) == 64 else text

@@ -54,10 +54,13 @@ def stream(
     signed = signature(model_hash(model, Path.cwd()), steps, ids, seed)
     folder = Path(output)
     work = folder / WORK
+    done = Manifest(folder, work, signed)  # refuses before anything is made
     try:
+        if done.complete and not work.exists():
+            return done
         work.mkdir(parents=True, exist_ok=True)
         with hold(work):
-            done = Manifest(folder, work, signed)
+            done = Manifest(folder, work, signed)  # as the process that held it before has left it
             if not done.complete:
                 subject.model.blocks_on_disk = BlocksOnDisk(subject.model, stored, work, mapped)
                 _fill(folder, subject, stored, steps, Context(ids, seed), done)

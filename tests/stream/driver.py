@@ -2,13 +2,13 @@
 
 python driver.py killed MODEL OUTPUT POINTS: stream anew, killed at the first of the POINTS (comma-separated numbers of
     writes and renames), again killed at the next one, ... and at last to its end; prints how many children were killed.
-python driver.py memory MODEL OUTPUT: prints the bytes of anonymous memory that a stream took at its peak.
+python driver.py memory TINY MODEL ...: prints the bytes of anonymous memory that streaming took at its peak, for each
+    MODEL; TINY is streamed before, so that what is loaded once does not count.
 """
 
 import os
 import signal
 import sys
-from pathlib import Path
 
 import torch
 
@@ -65,19 +65,23 @@ def killed(model, output, points):
 
         return in_child(work)
 
+    stream(model, RECIPE[:2], f"{output}-before", IDS)  # what is imported here is there in every child
     ended = [once(int(point), number) for number, point in enumerate(points.split(","))]
-    print(ended.count(False))
     if not ended[-1] and not once(0, 0):
         sys.exit("was killed without being told")
+    print(ended.count(False))
 
 
-def memory(model, output):
-    torch.set_num_threads(1)
-    stream(model, GPTQ, Path(output) / "first", IDS)  # so that what is made once is not counted
-    before = anonymous_bytes()
-    with track_peak(0.002) as peak:
-        stream(model, GPTQ, Path(output) / "second", IDS)
-    print(peak.bytes - before)
+def memory(*models):
+    def watch(model):
+        before = anonymous_bytes()
+        with track_peak(0.002) as peak:
+            stream(model, GPTQ, f"{model}-streamed", IDS)
+        print(peak.bytes - before, flush=True)
+
+    stream(models[0], GPTQ, f"{models[0]}-before", IDS)
+    for model in models[1:]:
+        in_child(lambda: watch(model))
 
 
 if __name__ == "__main__":
