@@ -3,9 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from safetensors import safe_open
+from typing import Any
 
 from qlib.errors import UserError
 
@@ -77,12 +75,15 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def read_tensor(name: str, entry: TensorEntry) -> torch.Tensor:
+def read_tensor(name: str, entry: TensorEntry) -> Any:
     """A tensor as it is stored, mapped from its file: it takes memory only once it is copied or changed.
 
     Raises:
         UserError: values that are not finite, naming file and tensor.
     """
+    import torch  # here, so that headers can be looked at without it
+    from safetensors import safe_open
+
     with safe_open(entry.file, "pt") as file:
         tensor = file.get_tensor(name)
     if not all(bool(torch.isfinite(part).all()) for part in tensor.view(-1).split(PIECE)):

@@ -19,6 +19,7 @@ __all__ = ["NAME", "Manifest", "signature"]
 
 NAME = "stream.json"
 FORMAT = 1
+PARTS = ("shards", "plan", "layers", "entry", "complete")
 
 
 def signature(model: str, steps: list[Step], ids: list[torch.Tensor], seed: int) -> dict[str, Any]:
@@ -64,18 +65,18 @@ class Manifest:
         if self.path.is_file():
             self._go_on(folder)
         elif folder.is_dir() and any(one != work for one in folder.iterdir()):
-            raise UserError(f"output: {folder} is there already and holds no {NAME}; name a folder that is not there, or empty")
+            raise UserError(f"output: {folder} is there already and holds no {NAME}; name a folder that is new or empty")
 
     def _go_on(self, folder: Path) -> None:
         try:
             told = json.loads(self.path.read_text(encoding="utf-8"))
-            before = told["signature"]
+            before, *parts = (told[name] for name in ("signature", *PARTS))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.path}: is no manifest of a stream; name another folder") from None
         if changed := _differences(before, self.signature):
             raise UserError(f"{self.path}: was begun with other parameters: {'; '.join(changed)}; name another folder")
-        for name in ("shards", "layers", "entry", "plan", "complete"):
-            setattr(self, name, told[name])
+        for name, value in zip(PARTS, parts):
+            setattr(self, name, value)
         for shard in self.shards:
             file = folder / shard["file"]
             size = file.stat().st_size if file.is_file() else None
@@ -98,8 +99,7 @@ class Manifest:
 
     def write(self) -> None:
         """Write the file."""
-        told = ("signature", "shards", "plan", "layers", "entry", "complete")
-        write_json(self.path, {name: getattr(self, name) for name in told}, self.work)
+        write_json(self.path, {name: getattr(self, name) for name in ("signature", *PARTS)}, self.work)
 
 
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:

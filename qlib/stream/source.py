@@ -61,17 +61,18 @@ class Stored:
         entry = self.entries[name]
         if (now := read_header(entry.file).get(name)) != entry:  # mapping a file that was cut off would end the process
             found = "is gone" if now is None else f"became {now.dtype} {list(now.shape)}"
-            raise UserError(f"{entry.file}: tensor '{name}' {found} since it was looked at; it was {entry.dtype} {list(entry.shape)}")
+            was = f"it was {entry.dtype} {list(entry.shape)}"
+            raise UserError(f"{entry.file}: tensor '{name}' {found} since it was looked at; {was}")
         return read_tensor(name, entry)
 
 
-def open_model(model: str, revision: str | None = None) -> tuple[Subject, Stored]:
+def open_model(model: str) -> tuple[Subject, Stored]:
     """A model of which only shapes are in memory, and where its tensors are; files were checked by their headers.
 
     Raises:
         UserError: as `qlib.load`; or the weights are packed already.
     """
-    source = locate(model, revision)
+    source = locate(model)
     raw = read_config(source.folder)
     where = source.folder / "config.json"
     if raw.get("model_type") in CONVERTED:
@@ -82,7 +83,9 @@ def open_model(model: str, revision: str | None = None) -> tuple[Subject, Stored
 
         family_of(type("Raw", (), raw), str(where))
         if method := raw.get("quantization_config", {}).get("quant_method"):
-            raise UserError(f"{where}: quantization_config.quant_method: '{method}' cannot be streamed; allowed: plain weights")
+            raise UserError(
+                f"{where}: quantization_config.quant_method: '{method}' cannot be streamed; allowed: plain weights"
+            )
         entries, details = read_entries(source.folder), {}
         tokenizer = load_tokenizer(source.folder)
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
