@@ -17,6 +17,7 @@ from qlib.params import TIERS, Strategy, check_notebook, load_strategies, overri
 from qlib.paths import find_root, write_atomic
 from qlib.runs.lessons import find_lessons, taught
 from qlib.runs.provenance import torch_device
+from qlib.stream.command import add_command as add_stream
 from qlib.tools.command import add_command
 from qlib.yamltext import parse_assignments
 
@@ -34,6 +35,8 @@ EXAMPLES = """examples:
   qlib report --output my.html                  render what there is
   qlib export gptq-int4 --format compressed_tensors --output my-folder
                                                 its model as transformers and vLLM load it (gguf: llama.cpp)
+  qlib stream gptq-int4 --model ./qwen-72b --output ./qwen-72b-int4
+                                                a model larger than the memory, block by block, from disk to disk
   qlib tools install gptqmodel auto-round       outside tools to compare with, each in its own environment
 
 exit codes: 0 ok, 1 a strategy failed, 2 bad input, 130 interrupted (the same command goes on from there)"""
@@ -84,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--model", type=_folder, help="its record on another model")
     show.add_argument("--json", action="store_true", help="the whole record, with the figures of its shape")
 
+    add_stream(commands, epilog=EXAMPLES, **style)
     add_export(commands, epilog=EXAMPLES, **style)
     command("publish", "copy finished records and the report to reports/published/", _publish)
     add_command(commands, epilog=EXAMPLES, **style)

@@ -12,7 +12,8 @@ By scope, a pass has the function
 - `model`: ``apply(subject, options, context)``; changes the model in place and returns the subject.
 Block, plan and model passes that read calibration windows say so with ``CALIBRATES = True``, and with ``feeds(options)``
 if not all options do. Any pass may have
-``check(subject, options)``, which refuses what cannot work before anything is changed.
+``check(subject, options)``, which refuses what cannot work before anything is changed; a plan pass ``streams(options)``,
+which says whether it can plan for a model of which one block at a time is in memory (`qlib.stream`).
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Any
 
 from qlib.errors import UserError, nearest
 
-__all__ = ["SCOPES", "Context", "BlockContext", "pass_names", "find_pass", "read_recipe"]
+__all__ = ["SCOPES", "Context", "BlockContext", "pass_names", "find_pass", "pass_name", "read_recipe"]
 
 #: What a pass works on, and how it is called: see `qlib.compress`.
 SCOPES = ("linear", "block", "plan", "model")
@@ -94,6 +95,11 @@ def find_pass(name: str) -> ModuleType:
     if name not in known:
         raise UserError(f"pass '{name}' is unknown{nearest(name, known)}; allowed: {', '.join(known)}")
     return import_module(known[name])
+
+
+def pass_name(module: ModuleType) -> str:
+    """What recipes call a pass."""
+    return module.__name__.rpartition(".")[2]
 
 
 def read_recipe(recipe: list[dict[str, Any]]) -> list[tuple[ModuleType, Any]]:

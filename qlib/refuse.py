@@ -8,6 +8,7 @@ from qlib.layers import packed_layers
 from qlib.models.families import blocks_of, linears_of
 from qlib.models.load import Subject
 from qlib.quantize.formats import Grid
+from qlib.recipe import pass_name
 
 __all__ = ["check_recipe"]
 
@@ -17,20 +18,21 @@ def check_recipe(subject: Subject, steps: list[tuple[ModuleType, Any]]) -> None:
 
     Passes say what they need by constants of their module: ``NEEDS_FLOAT`` (weights that are on no grid yet),
     ``NEEDS_WHOLE`` (weights of which none was pruned), ``PREPARES`` (a later pass with a grid), ``PLANS_SPARSITY`` (a later
-    pass that prunes, without a pattern), ``PLAIN_INTEGERS`` (no other grid before it); and what they leave behind: ``PACKS``, ``PRUNES``. A grid in the options packs as well.
+    pass that prunes, without a pattern), ``PLAIN_INTEGERS`` (no other grid before it), ``needs_grid`` (told the options: a
+    grid before it); and what they leave behind: ``PACKS``, ``PRUNES``. A grid in the options packs as well.
 
     Raises:
         UserError: the first thing that cannot work.
     """
-    gridded = [_name(module) for module, options in steps if hasattr(options, "grid")]
+    gridded = [pass_name(module) for module, options in steps if hasattr(options, "grid")]
     if len(gridded) > 1:
         raise UserError(f"recipe: passes {', '.join(gridded)} each put the weights on a grid; only one of them can")
     if gridded and any(packed_layers(block) for block in blocks_of(subject.model)):
         raise UserError(f"recipe: pass '{gridded[0]}' needs float weights, but the model is already packed")
     for index, (module, options) in enumerate(steps):
         where = f"recipe[{index}]"
-        if reason := _out_of_order(subject, steps[:index], module, steps[index + 1 :]):
-            raise UserError(f"{where}: pass '{_name(module)}' {reason}")
+        if reason := _out_of_order(subject, steps[:index], (module, options), steps[index + 1 :]):
+            raise UserError(f"{where}: pass '{pass_name(module)}' {reason}")
         try:
             if hasattr(module, "check"):
                 module.check(subject, options)
@@ -40,12 +42,15 @@ def check_recipe(subject: Subject, steps: list[tuple[ModuleType, Any]]) -> None:
             raise UserError(f"{where}.{error}") from None
 
 
-def _out_of_order(subject: Subject, before: list, module: ModuleType, after: list) -> str:
+def _out_of_order(subject: Subject, before: list, step: tuple[ModuleType, Any], after: list) -> str:
     """Why a pass cannot stand where it stands; empty if it can."""
+    module, options = step
     grids = [options.grid for _, options in before if hasattr(options, "grid")]
     packed = bool(grids or packed_layers(subject.model)) or any(hasattr(one, "PACKS") for one, _ in before)
     if packed and hasattr(module, "NEEDS_FLOAT"):
         return "must come before the weights are put on a grid"
+    if not packed and hasattr(module, "needs_grid") and module.needs_grid(options):
+        return "trains what lies beside codes, but no pass before it puts the weights on a grid, e.g. rtn"
     if hasattr(module, "NEEDS_WHOLE") and any(hasattr(one, "PRUNES") for one, _ in before):
         return "would fill what was pruned; it must come before pruning"
     if hasattr(module, "PREPARES") and not any(hasattr(options, "grid") for _, options in after):
@@ -69,7 +74,3 @@ def _check_groups(subject: Subject, grid: Grid) -> None:
                 f"group_size: {grid.group_size} does not divide the {linear.in_features} input channels of {name}; "
                 f"allowed here: {', '.join([*fit, 'null'])}"
             )
-
-
-def _name(module: ModuleType) -> str:
-    return module.__name__.rpartition(".")[2]

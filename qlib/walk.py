@@ -14,7 +14,7 @@ from qlib.models.families import blocks_of, family_of
 from qlib.plain_attention import PlainAttention
 from qlib.progress import progress
 
-__all__ = ["walk", "Visit", "feed_groups", "first_inputs", "run_block", "Batch"]
+__all__ = ["walk", "Visit", "Blocks", "feed_groups", "first_inputs", "run_block", "Batch"]
 
 #: Hidden states `[rows, tokens, hidden]` on their way through the blocks, and the other arguments of a block.
 Batch = tuple[torch.Tensor, dict[str, Any]]
@@ -39,6 +39,29 @@ class Visit:
     targets: list[torch.Tensor] | None
 
 
+class Blocks:
+    """How a walk gets at the blocks of a model, here one in memory, and hands hidden states on.
+
+    A model whose blocks lie on disk has another one as its attribute `blocks_on_disk`, see `qlib.stream`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def first(self, ids: list[torch.Tensor]) -> list[Batch]:
+        """What reaches the first block."""
+        return first_inputs(self.model, ids)
+
+    @contextmanager
+    def open(self, index: int) -> Iterator[nn.Module]:
+        """A block with its weights, as long as the context lasts."""
+        yield blocks_of(self.model)[index]
+
+    def run(self, block: nn.Module, batches: list[Batch]) -> list[Batch]:
+        """What the block makes of its inputs."""
+        return run_block(block, batches)
+
+
 def walk(model: nn.Module, ids: list[torch.Tensor], targets: bool = False, label: str = "compressing") -> Iterator[Visit]:
     """Visit every block in the order they run; the next one sees the outputs of this one as it was left.
 
@@ -46,14 +69,16 @@ def walk(model: nn.Module, ids: list[torch.Tensor], targets: bool = False, label
         ids: token ids `[rows, tokens]` of each calibration batch; empty for methods that need no data.
         targets: also run every block as it was, on inputs from blocks as they were.
     """
-    inputs = first_inputs(model, ids) if ids else []
-    exact, blocks = inputs, blocks_of(model)
-    for index in progress(0, len(blocks), label):
-        exact = run_block(blocks[index], exact) if targets else []
-        path = f"{family_of(model.config).blocks}.{index}"
-        yield Visit(index, path, blocks[index], inputs, [hidden for hidden, _ in exact] if targets else None)
-        if inputs and index + 1 < len(blocks):
-            inputs = run_block(blocks[index], inputs)
+    blocks: Blocks = getattr(model, "blocks_on_disk", None) or Blocks(model)
+    inputs = blocks.first(ids) if ids else []
+    exact, count = inputs, len(blocks_of(model))
+    for index in progress(0, count, label):
+        with blocks.open(index) as block:
+            exact = blocks.run(block, exact) if targets else []
+            path = f"{family_of(model.config).blocks}.{index}"
+            yield Visit(index, path, block, inputs, [hidden for hidden, _ in exact] if targets else None)
+            if inputs and index + 1 < count:
+                inputs = blocks.run(block, inputs)
 
 
 def feed_groups(block: nn.Module, inputs: list[Batch], feeds: Mapping[tuple[str, ...], Feed]) -> None:

@@ -121,13 +121,15 @@ def _weights(module: nn.Module) -> int:
 
 
 def _stored_bytes(module: nn.Module) -> int:
-    """Bytes of a weight in a checkpoint, without bias; zeros that are a mask are not stored where that takes less."""
+    """Bytes of a weight in a checkpoint with its adapter, without bias; zeros that are a mask are not stored where that takes less."""
     if is_pruned(module):
         shape = (module.out_features, module.in_features)
         return sparse_bytes(getattr(module, "grid", None), shape, count_survivors(module))
     if hasattr(module, "weight"):
         return module.weight.numel() * module.weight.element_size()
-    return stored_bytes(module.grid, module.out_features, module.in_features)
+    adapter = [getattr(module, name, None) for name in ("adapter_down", "adapter_up")]
+    beside = sum(one.nbytes for one in adapter if one is not None)
+    return stored_bytes(module.grid, module.out_features, module.in_features) + beside
 
 
 def _storage_bytes(tensors) -> int:

@@ -64,7 +64,7 @@ def _packed(layers) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
         if type(layer).forward is not PackedLinear.forward:
             continue
         size = 4 * layer.in_features * layer.out_features
-        held = layer.compressed().dequantize() if size <= room else None
+        held = layer.effective_weight() if size <= room else None
         room -= size if held is not None else 0
         forwards[layer] = _dequantized(layer, held)
     return forwards
@@ -75,7 +75,7 @@ def _dequantized(layer: PackedLinear, held: torch.Tensor | None) -> Callable[[to
         if layer.grid.activations:
             codes, scales = round_tokens(x, layer.grid.activations)
             x = (codes * scales).to(x.dtype)
-        weight = layer.compressed().dequantize() if held is None else held
+        weight = layer.effective_weight() if held is None else held
         return product(x, weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
     return forward

@@ -11,6 +11,7 @@ from qlib.quantize.grid import CompressedWeight, Grid
 __all__ = ["PackedLinear", "channels_at_once", "hold_bits", "round_tokens", "SCRATCH_BYTES"]
 
 #: What a layer may use for weights it has dequantized at one time, on a CPU and elsewhere; they are never kept.
+ADAPTER = ("adapter_down", "adapter_up")  # what a low-rank product beside the codes is called
 SCRATCH_BYTES, GPU_SCRATCH_BYTES = 8 * 2**20, 512 * 2**20
 
 
@@ -25,6 +26,8 @@ class PackedLinear(nn.Module):
         grid: the number format.
         in_features, out_features: as in `nn.Linear`.
         bias: `[out]` or None, the very parameter of the linear it replaces.
+        adapter_down, adapter_up: bf16 `[rank, in]` and `[out, rank]`, a low-rank product that is added to the weight and
+            kept apart from the codes (LoRA); None.
     """
 
     #: Up to this many rows `multiply` is faster than `expand_multiply`; 0: there is no packed kernel.
@@ -35,6 +38,17 @@ class PackedLinear(nn.Module):
         self.grid = grid
         self.out_features, self.in_features = shape
         self.register_parameter("bias", bias)
+        self.register_buffer("adapter_down", None)
+        self.register_buffer("adapter_up", None)
+
+    def adapt(self, down: torch.Tensor, up: torch.Tensor) -> None:
+        """Add the product of `up [out, rank]` and `down [rank, in]` to the weight from now on."""
+        self.adapter_down, self.adapter_up = (one.detach().bfloat16().contiguous() for one in (down, up))
+
+    def effective_weight(self) -> torch.Tensor:
+        """The fp32 weight `[out, in]` that the layer computes with: that of its codes, and the adapter's."""
+        weight = self.compressed().dequantize()
+        return weight if self.adapter_up is None else weight.addmm_(self.adapter_up.float(), self.adapter_down.float())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x [..., in]` -> `[..., out]` in the type of `x`."""
@@ -43,9 +57,11 @@ class PackedLinear(nn.Module):
             if self.grid.activations:
                 codes, scales = round_tokens(x.detach(), self.grid.activations)
                 x = x + (codes * scales - x).detach().to(x.dtype)  # gradients pass as if nothing had been rounded
-            return F.linear(x, self.compressed().dequantize().to(x.dtype), bias)
+            return F.linear(x, self.effective_weight().to(x.dtype), bias)
         rows = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         out = self.multiply(rows) if self.runs_packed(rows.shape[0]) else self.expand_multiply(rows)
+        if self.adapter_up is not None:
+            out = out + F.linear(F.linear(rows, self.adapter_down), self.adapter_up)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
 
     def runs_packed(self, rows: int) -> bool:
@@ -53,7 +69,7 @@ class PackedLinear(nn.Module):
         return rows <= self.packed_rows
 
     def compressed(self) -> CompressedWeight:
-        """The weight this layer was made of, bit by bit."""
+        """The weight this layer was made of, bit by bit, without its adapter."""
         raise NotImplementedError
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:

@@ -101,6 +101,12 @@ def _turn(heads: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> tor
     return torch.addcmul(heads * rotary[0], heads.roll(heads.shape[-1] // 2, -1), rotary[1])
 
 
+def _row_kernel(linear: nn.Module) -> native_blocks.RowKernel | None:
+    """What multiplies one row with a linear inside `native_blocks.Blocks`; adapters have no place there."""
+    packed = isinstance(linear, PackedLinear) and linear.adapter_up is None
+    return linear.row_kernel() if packed else None
+
+
 class Decoder:
     """A model with a cache for `tokens` tokens.
 
@@ -130,7 +136,7 @@ class Decoder:
             attention, mlp = block.self_attn, block.mlp
             linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
             linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-            kernels = [linear.row_kernel() if isinstance(linear, PackedLinear) else None for linear in linears]
+            kernels = [_row_kernel(linear) for linear in linears]
             if None in kernels:
                 return None
             norms = [block.input_layernorm, block.post_attention_layernorm]

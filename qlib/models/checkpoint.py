@@ -3,12 +3,15 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlib.errors import UserError
 
-__all__ = ["TensorEntry", "read_config", "read_entries", "check_entries", "check_tokenizer"]
+__all__ = ["TensorEntry", "read_config", "read_json", "read_entries", "read_header", "read_tensor", "check_entries", "check_tokenizer"]
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+PIECE = 2**22  # numbers that are looked at together
+TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,15 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no config.json; a model folder holds config.json and *.safetensors")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict:
+    """What a JSON file of a model folder says.
+
+    Raises:
+        UserError: it is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -56,15 +68,35 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
                 "convert them to safetensors"
             )
         raise UserError(f"{folder}: has no *.safetensors file")
-    entries = {name: entry for file in files for name, entry in _read_header(file).items()}
+    entries = {name: entry for file in files for name, entry in read_header(file).items()}
     for name, file in weight_map.items():
         if name not in entries:
             raise UserError(f"{folder / file}: tensor '{name}' is missing although the index names it")
     return entries
 
 
-def _read_header(file: Path) -> dict[str, TensorEntry]:
-    """Parse a safetensors header: 8 bytes of length, JSON, then the data that the offsets point into."""
+def read_tensor(name: str, entry: TensorEntry) -> Any:
+    """A tensor as it is stored, mapped from its file: it takes memory only once it is copied or changed.
+
+    Raises:
+        UserError: values that are not finite, naming file and tensor.
+    """
+    import torch  # here, so that headers can be looked at without it
+    from safetensors import safe_open
+
+    with safe_open(entry.file, "pt") as file:
+        tensor = file.get_tensor(name)
+    if not all(bool(torch.isfinite(part).all()) for part in tensor.view(-1).split(PIECE)):
+        raise UserError(f"{entry.file}: tensor '{name}' holds values that are not finite (NaN or infinity)")
+    return tensor
+
+
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Parse a safetensors header: 8 bytes of length, JSON, then the data that the offsets point into.
+
+    Raises:
+        UserError: the file is missing, truncated or no safetensors file.
+    """
     if not file.is_file():
         raise UserError(f"{file}: is missing although the index names it")
     size = file.stat().st_size
@@ -106,5 +138,5 @@ def check_tokenizer(folder: Path) -> None:
     Raises:
         UserError: none is.
     """
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        raise UserError(f"{folder}: has no tokenizer (tokenizer.json, vocab.json or tokenizer.model)")
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise UserError(f"{folder}: has no tokenizer ({', '.join(TOKENIZERS)})")

@@ -8,7 +8,7 @@ from torch import nn
 
 from qlib.errors import UserError, nearest
 
-__all__ = ["Family", "FAMILIES", "family_of", "blocks_of", "linears_of"]
+__all__ = ["Family", "FAMILIES", "CONVERTED", "family_of", "blocks_of", "linears_of"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Family:
 
 #: By `model_type` of config.json.
 FAMILIES = {"qwen2": Family(), "qwen3": Family(), "llama": Family(), "mistral": Family()}
+#: Others that become one of these when they are loaded.
+CONVERTED = {"qwen": "qwen2"}
 
 
 def family_of(config: Any, where: str = "config.json") -> Family:
@@ -43,9 +45,8 @@ def family_of(config: Any, where: str = "config.json") -> Family:
     """
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type: '{kind}' is not supported{nearest(kind, FAMILIES)}; allowed: {', '.join(FAMILIES)}"
-        )
+        allowed = ", ".join([*FAMILIES, *CONVERTED])
+        raise UserError(f"{where}: model_type: '{kind}' is not supported{nearest(kind, FAMILIES)}; allowed: {allowed}")
     return FAMILIES[kind]
 
 

@@ -11,13 +11,13 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.models.checkpoint import TensorEntry, check_entries, check_tokenizer, read_config, read_entries
-from qlib.models.families import family_of
+from qlib.models.families import CONVERTED, family_of
 from qlib.paths import MODELS, shipped_model
 
-__all__ = ["Subject", "Source", "load", "locate"]
+__all__ = ["Subject", "Source", "load", "locate", "empty_model", "expected_shapes", "load_tokenizer"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*"]
+HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def locate(model: str, revision: str | None = None) -> Source:
 def load(model: str = "reference", device: str = "cpu", revision: str | None = None) -> Subject:
     """Load `model` in bf16 for inference, after its files were checked against its configuration.
 
-    A checkpoint that `qlib.save` wrote in its packed format comes back with packed layers.
+    A checkpoint that `qlib.save` wrote in its packed format comes back with packed layers, an original Qwen as a Qwen2.
 
     Raises:
         UserError: unknown model, unsupported architecture, or a file that is missing, truncated, mis-shaped or holds
@@ -90,19 +90,25 @@ def load(model: str = "reference", device: str = "cpu", revision: str | None = N
     source = locate(model, revision)
     raw = read_config(source.folder)
     where = str(source.folder / "config.json")
+    if raw.get("model_type") in CONVERTED:
+        from qlib.models.qwen1 import load_original
+
+        network, tokenizer, details = load_original(source.folder, raw)
+        network.eval().requires_grad_(False)
+        return Subject(network.to(device), tokenizer, network.config, source, details=details)
     family = family_of(type("Raw", (), raw), where)
     packed = raw.get("quantization_config", {}).get("quant_method")
     if packed not in (None, "qlib"):
         raise UserError(f"{where}: quantization_config.quant_method: '{packed}' is not supported; allowed: qlib")
     entries = read_entries(source.folder)
-    tokenizer = _load_tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder)
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     if packed:
         from qlib.models.packed import load_packed, share_codes
 
         network = load_packed(source.folder, config, entries)
     else:
-        check_entries(entries, _expected(config, entries), source.folder)
+        check_entries(entries, expected_shapes(config, entries), source.folder)
         with _without_bar():
             network = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=torch.bfloat16, use_safetensors=True, trust_remote_code=False
@@ -138,7 +144,7 @@ def empty_model(config: Any) -> nn.Module:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
 
 
-def _expected(config: Any, entries: dict[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Any, entries: dict[str, TensorEntry]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that must be there; a tied head need not be."""
     shapes = {name: tuple(p.shape) for name, p in empty_model(config).named_parameters(remove_duplicate=False)}
     head = f"{family_of(config).head}.weight"
@@ -155,7 +161,12 @@ def check_finite(model: nn.Module, entries: dict[str, TensorEntry], folder: Path
             raise UserError(f"{file}: tensor '{name}' holds values that are not finite (NaN or infinity)")
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; no code of its own is run.
+
+    Raises:
+        UserError: there is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     check_tokenizer(folder)

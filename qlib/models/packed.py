@@ -10,6 +10,7 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.layers import PackedLinear, pack
+from qlib.layers.base import ADAPTER
 from qlib.layers.embedding import PackedEmbedding, tied_head
 from qlib.layers.sparse_storage import sparse_codes, sparse_floats
 from qlib.layers.storage import expected_tensors, from_tensors
@@ -18,7 +19,7 @@ from qlib.models.families import family_of, is_tied
 from qlib.prune.mask import mark_pruned
 from qlib.quantize.grid import Grid
 
-__all__ = ["coded_modules", "share_codes", "load_packed"]
+__all__ = ["coded_modules", "share_codes", "load_packed", "rebuild_buffers"]
 
 
 def coded_modules(model: nn.Module) -> dict[str, PackedLinear | PackedEmbedding]:
@@ -50,6 +51,7 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
     from qlib.models.load import empty_model
 
     layers, pruned = config.quantization_config["layers"], config.quantization_config.get("pruned", {})
+    adapters = config.quantization_config.get("adapters", {})
     del config.quantization_config  # transformers knows no method of this name
     model = empty_model(config)
     read = _reader(entries, folder)
@@ -65,6 +67,9 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
         if getattr(module, "bias", None) is not None:
             module.bias = nn.Parameter(read(f"{name}.bias"), requires_grad=False)
         packed = PackedEmbedding(compressed) if isinstance(module, nn.Embedding) else pack(module, compressed)
+        if name in adapters:
+            with _named(folder, name):
+                packed.adapt(*_adapter(read, name, adapters[name], shape))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, packed)
     for name, survivors in pruned.items():
@@ -86,10 +91,19 @@ def load_packed(folder: Path, config: Any, entries: dict[str, TensorEntry]) -> n
                 )
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
-    _rebuild_buffers(model, config)
+    rebuild_buffers(model, config)
     if not shared:
         model.tie_weights()
     return model
+
+
+def _adapter(read: Any, name: str, rank: int, shape: tuple[int, int]) -> list[torch.Tensor]:
+    """Both tensors of an adapter, `[rank, in]` and `[out, rank]`."""
+    tensors = [read(f"{name}.{part}") for part in ADAPTER]
+    for part, tensor, wanted in zip(ADAPTER, tensors, ((rank, shape[1]), (shape[0], rank))):
+        if tuple(tensor.shape) != wanted:
+            raise UserError(f"'{part}' has shape {list(tensor.shape)}, expected {list(wanted)}")
+    return tensors
 
 
 @contextmanager
@@ -111,7 +125,7 @@ def _reader(entries: dict[str, TensorEntry], folder: Path):
     return read
 
 
-def _rebuild_buffers(model: nn.Module, config: Any) -> None:
+def rebuild_buffers(model: nn.Module, config: Any) -> None:
     """Buffers that no checkpoint stores (rotary frequencies) were left on the meta device: make them anew."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):

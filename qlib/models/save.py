@@ -14,12 +14,13 @@ from qlib.errors import UserError
 from qlib.evaluate.footprint import measure_footprint
 from qlib.export import packed
 from qlib.layers import PackedLinear
+from qlib.layers.base import ADAPTER
 from qlib.models.families import family_of, is_tied
 from qlib.models.load import Subject
 from qlib.models.packed import coded_modules
 from qlib.record import Measurement
 
-__all__ = ["save", "FORMATS"]
+__all__ = ["save", "checkpoint_tensors", "write_rest", "FORMATS"]
 
 FORMATS = ("packed", "dense", "gptq", "compressed_tensors", "gguf")
 
@@ -63,6 +64,8 @@ def _write_gguf(subject: Subject, folder: Path) -> dict[str, Any]:
     """One file; what it takes for a weight of the blocks is not what our own format takes."""
     from qlib.export.gguf import export
 
+    if any(getattr(one, "adapter_up", None) is not None for one in subject.model.modules()):
+        raise UserError("gguf: a linear has an adapter beside its codes, for which the format has no place; merge it")
     bits = export(subject, folder)["bits_per_weight"]
     return {"size.bits_per_weight": Measurement(bits, "bits", method="types of the file", conditions="linears of the blocks")}
 
@@ -70,15 +73,25 @@ def _write_gguf(subject: Subject, folder: Path) -> dict[str, Any]:
 def _write(subject: Subject, folder: Path, format: str) -> dict[str, Any]:
     from huggingface_hub import save_torch_state_dict
 
-    model, coded = subject.model, coded_modules(subject.model)
+    tensors, entry = checkpoint_tensors(subject.model, format)
+    save_torch_state_dict(tensors, folder, safe_serialization=True)
+    if entry and (name := getattr(import_module(f"qlib.export.{format}"), "CONFIG_FILE", None)):
+        _write_json(folder / name, entry)
+    write_rest(subject, folder, entry)
+    return {}
+
+
+def checkpoint_tensors(model: nn.Module, format: str = "packed") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a checkpoint holds of a model, or of as much of it as is there: tensors on the meta device are left out.
+
+    Returns:
+        the tensors by name, and the entry ``quantization_config`` of config.json, empty for plain weights.
+
+    Raises:
+        UserError: a layer holds what the format cannot say.
+    """
+    coded, written, entry = coded_modules(model), None, {}
     tensors = _plain_tensors(model, set(coded))
-    config = subject.config.to_diff_dict()
-    config.pop("_name_or_path", None)  # a folder of this machine
-    config["architectures"] = [type(model).__name__]
-    if rope := config.get("rope_parameters"):  # transformers 4 looks elsewhere, or silently takes a base of 10000
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config["rope_theta"] = rope["rope_theta"]
-        config |= {"rope_scaling": scaling} if rope.get("rope_type", "default") != "default" else {}
     blocks = f"{family_of(model.config).blocks}."
     held = {name: one for name, one in coded.items() if format == "packed" or name.startswith(blocks)}
     if format == "dense":
@@ -87,29 +100,54 @@ def _write(subject: Subject, folder: Path, format: str) -> dict[str, Any]:
     if held or pruned:  # asked first, because it refuses what the format cannot say
         linears = [name for name, one in model.named_modules() if isinstance(one, (nn.Linear, PackedLinear))]
         written = import_module(f"qlib.export.{format}")
-        config["quantization_config"] = written.quantization_config(held, [name for name in linears if name not in held])
+        entry = written.quantization_config(held, [name for name in linears if name not in held])
     if pruned:
-        config["quantization_config"]["pruned"] = pruned
+        entry["pruned"] = pruned
     sparse = {name for name, survivors in pruned.items() if survivors is not None}
     for name in sparse:
         tensors |= {f"{name}.{key}": value for key, value in packed.pruned_tensors(model.get_submodule(name)).items()}
         tensors.pop(f"{name}.weight", None)
+    adapted = {name: layer for name, layer in coded.items() if getattr(layer, "adapter_up", None) is not None}
+    if adapted and format not in ("packed", "dense"):
+        raise UserError(f"{format}: {next(iter(adapted))} has an adapter beside its codes, for which the format has no place; merge it")
+    if adapted and format == "packed":
+        entry["adapters"] = {name: len(layer.adapter_down) for name, layer in adapted.items()}
+        tensors |= {f"{name}.{part}": getattr(layer, part) for name, layer in adapted.items() for part in ADAPTER}
     for name, layer in coded.items():
         if getattr(layer, "bias", None) is not None:
             tensors[f"{name}.bias"] = layer.bias
         if name in sparse:
             continue
         compressed = layer.compressed()
-        own = written.layer_tensors(compressed) if name in held else {"weight": compressed.dequantize().bfloat16()}
+        own = written.layer_tensors(compressed) if name in held else {"weight": _effective(layer).bfloat16()}
         tensors |= {f"{name}.{key}": value for key, value in own.items()}
-    save_torch_state_dict({name: t.detach().contiguous() for name, t in tensors.items()}, folder, safe_serialization=True)
-    _write_json(folder / "config.json", config)
-    if held and (name := getattr(written, "CONFIG_FILE", None)):
-        _write_json(folder / name, config["quantization_config"])
-    if (generation := getattr(model, "generation_config", None)) is not None:
-        _write_json(folder / "generation_config.json", generation.to_diff_dict())
+    return {name: t.detach().contiguous() for name, t in tensors.items() if not t.is_meta}, entry
+
+
+def write_rest(subject: Subject, folder: Path, entry: dict[str, Any]) -> None:
+    """Write what lies beside the weights: tokenizer and configuration; config.json, without which nothing loads, last.
+
+    Args:
+        entry: ``quantization_config`` of config.json, or empty.
+    """
+    config = subject.config.to_diff_dict()
+    config.pop("_name_or_path", None)  # a folder of this machine
+    config["architectures"] = [type(subject.model).__name__]
+    if rope := config.get("rope_parameters"):  # transformers 4 looks elsewhere, or silently takes a base of 10000
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        config["rope_theta"] = rope["rope_theta"]
+        config |= {"rope_scaling": scaling} if rope.get("rope_type", "default") != "default" else {}
+    if entry:
+        config["quantization_config"] = entry
     subject.tokenizer.save_pretrained(folder)
-    return {}
+    if (generation := getattr(subject.model, "generation_config", None)) is not None:
+        _write_json(folder / "generation_config.json", generation.to_diff_dict())
+    _write_json(folder / "config.json", config)
+
+
+def _effective(layer: nn.Module) -> torch.Tensor:
+    """The fp32 weight of a packed linear or embedding."""
+    return layer.effective_weight() if isinstance(layer, PackedLinear) else layer.compressed().dequantize()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from qlib.prune.select import check_share
 from qlib.recipe import Context
 from qlib.walk import feed_groups, walk
 
-__all__ = ["Options", "SCOPE", "CALIBRATES", "NEEDS_FLOAT", "PLANS_SPARSITY", "check", "feeds", "plan", "global_shares", "outlier_shares"]
+__all__ = ["Options", "SCOPE", "CALIBRATES", "NEEDS_FLOAT", "PLANS_SPARSITY", "check", "feeds", "streams", "plan", "global_shares", "outlier_shares"]
 
 SCOPE = "plan"
 CALIBRATES = True
@@ -48,6 +48,11 @@ class Options:
 
 def feeds(options: Options) -> bool:
     """Whether these options look at text."""
+    return options.by == "outliers"
+
+
+def streams(options: Options) -> bool:
+    """Whether it can plan for a model of which one block at a time is there: one threshold needs all weights together."""
     return options.by == "outliers"
 
 

@@ -1,6 +1,6 @@
 """Prune and round in one solve (Frantar and Alistarh 2023, arXiv:2301.00774, section 3.5).
 
-SparseGPT with a grid: of every 128 columns the weights that matter least go, as in `sparsegpt`; each column of those that
+SparseGPT with a grid: of every 128 columns, or every M with a pattern, the weights that matter least go; each column of those that
 stay is then rounded as in GPTQ, and both errors, what went and what was rounded, are made up for by the columns to the
 right in one go. Scales and zeros are fitted to what pruning alone would leave of their group.
 
@@ -18,7 +18,7 @@ from qlib.errors import UserError
 from qlib.prune.select import check_share, check_sparsity, choose_mask, read_pattern
 from qlib.prune.sparsegpt import prune_columns
 from qlib.quantize.formats import GridOptions
-from qlib.quantize.gptq import BLOCK, Statistic, solve_columns
+from qlib.quantize.gptq import BLOCK, LEAF, Statistic, solve_columns
 from qlib.quantize.grid import CompressedWeight
 
 __all__ = ["Options", "SCOPE", "NEEDS_FLOAT", "Statistic", "check", "solve"]
@@ -48,7 +48,7 @@ class Options(GridOptions):
 
 
 def check(subject: Any, options: Options) -> None:
-    """Refuse what no mask can have, and patterns that 128 columns do not hold whole.
+    """Refuse what no mask can have, and patterns whose groups would not be met whole.
 
     Raises:
         UserError: names the field, its value and what is allowed.
@@ -56,8 +56,8 @@ def check(subject: Any, options: Options) -> None:
     check_sparsity(subject, options)
     if options.damp < 0:
         raise UserError(f"damp: {options.damp} is not allowed; allowed: at least 0")
-    if options.pattern and BLOCK % read_pattern(options.pattern)[1]:
-        raise UserError(f"pattern: '{options.pattern}' is not allowed with joint; allowed: an M that divides {BLOCK}")
+    if options.pattern and LEAF % read_pattern(options.pattern)[1]:
+        raise UserError(f"pattern: '{options.pattern}' is not allowed with joint; allowed: an M of 1, 2, 4, 8 or 16")
 
 
 def solve(
@@ -79,4 +79,5 @@ def solve(
     like, size = None, weight.shape[1] // options.grid.groups(weight.shape[1])
     if size > BLOCK:  # what goes is not known when the scale of a whole row is fitted: prune once without rounding
         like = prune_columns(weight, factor, options.sparsity, options.pattern, mask).dequantize()
-    return solve_columns(weight, factor, options.grid, options.clip, mask, choose, like)
+    together = read_pattern(options.pattern)[1] if options.pattern else BLOCK
+    return solve_columns(weight, factor, options.grid, options.clip, mask, choose, like, together)

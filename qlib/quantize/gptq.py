@@ -24,7 +24,7 @@ from qlib.quantize.clip import fit
 from qlib.quantize.formats import GridOptions
 from qlib.quantize.grid import CompressedWeight, Grid, nearest_codes, nearest_steps, scale_values
 
-__all__ = ["Options", "SCOPE", "Statistic", "Factor", "factorize", "drifted", "solve_columns", "solve", "BLOCK"]
+__all__ = ["Options", "SCOPE", "Statistic", "Factor", "factorize", "drifted", "solve_columns", "solve", "BLOCK", "LEAF"]
 
 SCOPE = "linear"
 TOGETHER = True
@@ -185,6 +185,7 @@ def solve_columns(
     mask: torch.Tensor | None = None,
     choose: Choice | None = None,
     like: torch.Tensor | None = None,
+    together: int = BLOCK,
 ) -> CompressedWeight:
     """Round a weight column by column.
 
@@ -198,12 +199,14 @@ def solve_columns(
         weight: `[out, in]`, not modified.
         clip: see `qlib.quantize.clip`.
         mask: bool `[out, in]`, false where a weight was pruned.
-        choose: called before every `BLOCK` columns are rounded, with what each of their weights matters now (not
-            negative, `[out, columns]`) and which columns they are; returns which of them stay. From left to right only.
+        choose: called before every `together` columns are rounded, with what each of their weights matters now (not
+            negative, `[out, columns]`) and which columns they are; returns which of them stay. Also before the first of a
+            larger group, for all of it: its scale must suit what will stay. From left to right only.
         like: `[out, in]`, what groups that are not fitted on the way are fitted to; None: the weight.
     """
     width, size = weight.shape[1], weight.shape[1] // grid.groups(weight.shape[1])
     weight = weight.float().masked_fill(factor.dead if mask is None else factor.dead | ~mask, 0)
+    leaf = LEAF if choose is None else min(LEAF, together)
     one = size == width and (choose is None or width > BLOCK)
     static = factor.order is not None or one  # no group is fitted on the way
     fitted = fit(weight if like is None else like, grid, clip if static else "none", factor.energy)
@@ -219,17 +222,18 @@ def solve_columns(
     kept = None if mask is None else mask.t()[order].contiguous()
     if choose is not None:
         kept = torch.ones_like(errors, dtype=torch.bool)
-    for start in range(0, width, LEAF):
+    for start in range(0, width, leaf):
         # Columns from `start` on now hear of as many before it as the largest power of two that divides it. So each
         # hears of every earlier one once and in time, and most of the work is done in large products.
         span = start & -start
         before, after = slice(start - span, start), slice(start, start + span)
         moved[after].addmm_(factor.upper[before, after].t(), errors[before])
-        if choose is not None and start % BLOCK == 0:
-            here = slice(start, start + BLOCK)
+        group_starts = not static and start % size == 0
+        if choose is not None and start % together == 0:
+            here = slice(start, start + (max(size, together) if group_starts else together))
             matters = drifted(factor, moved, errors, here).square() * factor.pivots[here, None]
             kept[here] = choose(matters.t().contiguous(), here).t()
-        if not static and start % size == 0:
+        if group_starts:
             here, group = slice(start, start + size), start // size
             if choose is not None:
                 best = _left(factor, moved, errors, kept, here)
@@ -242,11 +246,11 @@ def solve_columns(
             scales[group] = scale_values(found.scales[:, 0], found.tensor_scale)
             zeros[group] = found.zeros[:, 0]
         if own:
-            here = slice(start, start + LEAF)
+            here = slice(start, start + leaf)
             told = (scales, zeros, group_of[here], None if kept is None else kept[here], grid.levels)
             native.round_columns(moved[here], errors[here], factor.upper[here, here], *told)
             continue
-        for j in range(start, min(start + LEAF, width)):
+        for j in range(start, min(start + leaf, width)):
             now, scale, zero = moved[j], scales[groups[j]], zeros[groups[j]]
             now.addmv_(errors[start:j].t(), factor.upper[start:j, j])
             steps = nearest_steps(now, grid, scale, zero)

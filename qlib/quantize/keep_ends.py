@@ -13,7 +13,7 @@ from qlib.models.load import Subject
 from qlib.quantize.allocate_bits import check, format_at
 from qlib.recipe import Context
 
-__all__ = ["Options", "SCOPE", "NEEDS_FLOAT", "plan", "check", "wide_blocks"]
+__all__ = ["Options", "SCOPE", "NEEDS_FLOAT", "plan", "check", "streams", "wide_blocks"]
 
 SCOPE = "plan"
 NEEDS_FLOAT = True
@@ -45,6 +45,11 @@ class Options:
     def bits(self) -> tuple[int, int]:
         """The widths to choose from, as in `allocate_bits`."""
         return self.low, self.high
+
+
+def streams(options: Options) -> bool:
+    """Whether it can plan for a model of which one block at a time is there: it looks at shapes alone."""
+    return True
 
 
 def plan(subject: Subject, options: Options, context: Context) -> dict[str, dict[str, Any]]:

@@ -41,7 +41,7 @@ def _folder_hash(folder: Path) -> str:
     # From headers and names alone, so that a broken folder is refused before a kernel starts.
     read_entries(folder)
     check_tokenizer(folder)
-    return hash_files([*sorted(folder.glob("*.json")), *weights])
+    return hash_files([*sorted(folder.glob("*.json")), *sorted(folder.glob("*.tiktoken")), *weights])
 
 
 def _hub_revision(model: str) -> str:

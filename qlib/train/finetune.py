@@ -51,6 +51,7 @@ class Options:
             scales: scales and zeros of packed layers.
         rank: of the adapters.
         alpha: times what the adapters add, divided by the rank.
+        merge: put adapters into the weights at the end; otherwise they stay beside the codes, and cost memory and time.
         targets: which linears have adapters, e.g. [q_proj, v_proj]; null: all linears of the blocks.
     """
 
@@ -66,6 +67,7 @@ class Options:
     train: Literal["full", "lora", "scales"] = "full"
     rank: int = field(default=16, metadata={"minimum": 1})
     alpha: float = 16.0
+    merge: bool = True
     targets: list[str] | None = None
 
     def schedule(self, seed: int) -> Schedule:
@@ -78,7 +80,7 @@ class Options:
 
 def needs_grid(options: Options) -> bool:
     """Whether there is nothing to train without packed layers."""
-    return options.train == "scales"
+    return options.train == "scales" or not options.merge
 
 
 def check(subject: Subject, options: Options) -> None:
@@ -104,6 +106,9 @@ def check(subject: Subject, options: Options) -> None:
         raise UserError(f"hidden: {options.hidden} is not allowed with loss {options.loss}; allowed: 0, or more with distillation")
     if options.patience is not None and options.patience < 0:
         raise UserError(f"patience: {options.patience} is not allowed; allowed: at least 0, or null")
+    if not options.merge and options.train != "lora":
+        raise UserError(f"merge: false is not allowed with train: {options.train}; allowed: true")
+    _refuse_adapters(subject.model)
     if options.train not in WAYS:
         raise UserError(f"train: '{options.train}' is unknown{nearest(options.train, WAYS)}; allowed: {', '.join(WAYS)}")
     WAYS[options.train].check(subject, options)
@@ -123,6 +128,7 @@ def apply(subject: Subject, options: Options, context: Context) -> Subject:
     Raises:
         UserError: the text holds fewer tokens than asked for.
     """
+    _refuse_adapters(subject.model)
     earlier, source = subject.details.get("training", []), subject.source
     schedule = options.schedule(context.seed)
     tokens = schedule.steps * schedule.batch_tokens
@@ -137,6 +143,11 @@ def apply(subject: Subject, options: Options, context: Context) -> Subject:
     before = subject.measurements.get("train.peak_rss_bytes")
     costs = _costs(training, max(peak.bytes, before.value if before else 0))
     return replace(subject, measurements=subject.measurements | costs, details=subject.details | {"training": training})
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    if any(getattr(one, "adapter_up", None) is not None for one in model.modules()):
+        raise UserError("train: the model has adapters beside its codes, which would be lost; merge them (merge: true)")
 
 
 def _costs(training: list[dict[str, Any]], peak: float) -> dict[str, Measurement]:

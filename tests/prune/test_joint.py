@@ -21,9 +21,10 @@ def by_the_paper(weight, hessian, grid, sparsity, pattern=None, block=128):
     """Optimal brain surgeon column by column: a weight goes or is rounded, and those to its right make up for either."""
     weight, result, mask = weight.double().clone(), torch.zeros_like(weight), torch.ones_like(weight, dtype=torch.bool)
     width, size = weight.shape[1], weight.shape[1] // grid.groups(weight.shape[1])
+    block = int(pattern.partition(":")[2]) if pattern else block
     for j in range(width):
         if j % block == 0:
-            end = min(j + block, width)
+            end = min(j + (max(block, size) if j % size == 0 else block), width)  # of a group all, for its scale
             costs = [torch.linalg.inv(hessian[c:, c:])[0, 0] for c in range(j, end)]
             mask[:, j:end] = choose_mask(weight[:, j:end].square() / torch.stack(costs), sparsity, pattern)
         if j % size == 0:
@@ -54,7 +55,11 @@ def test_it_is_the_algorithm_of_the_paper(sparsity, pattern, grid, width, rows):
     weight, inputs, statistic = case(rows=rows, width=width, tokens=3 * width)
     wanted, mask = by_the_paper(weight, damped(inputs), grid, sparsity, pattern)
     found = gptq.solve_columns(
-        weight, statistic.factor(DAMP), grid, choose=lambda matters, here: choose_mask(matters, sparsity, pattern)
+        weight,
+        statistic.factor(DAMP),
+        grid,
+        choose=lambda matters, here: choose_mask(matters, sparsity, pattern),
+        together=int(pattern.partition(":")[2]) if pattern else gptq.BLOCK,
     )
     same = ((found.dequantize() - wanted).abs() < 1e-4).all(1)
     assert same.float().mean() > 0.85  # where fp32 and fp64 round one weight differently, the rest of its row differs

@@ -20,7 +20,7 @@ IDS = torch.randint(1, 300, (8, 24), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture
 def tuned(monkeypatch, model_folder):
-    monkeypatch.setattr(compress, "_calibration_ids", lambda *told: list(IDS.split(4)))
+    monkeypatch.setattr(compress, "calibration_ids", lambda *told: list(IDS.split(4)))
     return lambda *steps, seed=0: compress.compress(load(str(model_folder())), list(steps), object(), seed)
 
 

@@ -146,7 +146,7 @@ def a_recipe(monkeypatch, folder, steps, seed=0):
     from qlib.models.load import load
 
     ids = torch.randint(0, 300, (6, 24), generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(compress, "_calibration_ids", lambda *told: list(ids.split(4)))
+    monkeypatch.setattr(compress, "calibration_ids", lambda *told: list(ids.split(4)))
     return compress.compress(load(folder), steps, object(), seed)
 
 

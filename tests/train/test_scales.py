@@ -90,7 +90,7 @@ def test_a_mask_stays(model_folder, step):
 
 
 def test_without_a_grid_it_is_refused(model_folder, step):
-    with pytest.raises(UserError, match="recipe.0.: pass 'finetune' trains scales, but no pass before it"):
+    with pytest.raises(UserError, match="recipe.0.: pass 'finetune' trains what lies beside codes, but no pass before it"):
         compress(load(str(model_folder())), [step | {"train": "scales"}])
     with pytest.raises(UserError, match="targets: .'q_proj'. is not allowed with train: scales"):
-        compress(load(str(model_folder())), [{"pass": "rtn"}, step | {"train": "scales", "targets": ["q_proj"]}])
+        compress(load(str(model_folder())), [{"pass": "rtn", "group_size": 32}, step | {"train": "scales", "targets": ["q_proj"]}])

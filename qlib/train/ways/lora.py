@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685): W stays, W + B A alpha / rank is computed, with two thin matrices that learn.
 
-The adapters are those of peft, which also merges them into the weights at the end. What is new is what compressed models need.
+The adapters are those of peft, which also merges them into the weights at the end, if they are not kept beside the codes. What is new is what compressed models need.
 A linear of which weights were pruned computes with W + mask * (B A alpha / rank): what is trained is what is merged, and zeros
 stay zeros. A packed layer is stood in for by its dequantized weight, which stays as well (QLoRA, Dettmers et al. 2023,
 arXiv:2305.14314); the sum is then rounded to the nearest codes of the same grid with the same scales and zeros. So an
@@ -46,16 +46,32 @@ def check(subject: Subject, options: Any) -> None:
 
 def describe(options: Any) -> dict[str, Any]:
     """The size of the adapters and where they are."""
-    return {"rank": options.rank, "alpha": options.alpha, "targets": options.targets}
+    return {"rank": options.rank, "alpha": options.alpha, "targets": options.targets, "merged": options.merge}
+
+
+def _check_apart(packed: dict[str, PackedLinear], names: list[str]) -> None:
+    """Refuse to keep adapters apart where they would fill what was pruned, or beside nothing.
+
+    Raises:
+        UserError: so it is.
+    """
+    for name in names:
+        if name not in packed:
+            raise UserError(f"merge: false keeps an adapter beside codes, but {name} has none; allowed: true")
+        if mask_of(packed[name]) is not None:
+            raise UserError(f"merge: false would fill what was pruned of {name}; allowed: true")
 
 
 @contextmanager
 def trainable(model: nn.Module, options: Any, seed: int) -> Iterator[Callable[[], None]]:
-    """Adapters learn beside linears of the blocks, in fp32, and nothing else does; afterwards they are merged.
+    """Adapters learn beside linears of the blocks, in fp32, and nothing else does; afterwards they are merged or kept apart.
 
     Yields what does nothing: there is nothing to do after a step.
     """
     names, packed = _targets(model, options.targets), packed_layers(model)
+    if not options.merge:
+        _check_apart(packed, names)
+    kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, layer in packed.items():
         model.set_submodule(name, _dequantized(layer))
     try:
@@ -64,12 +80,18 @@ def trainable(model: nn.Module, options: Any, seed: int) -> Iterator[Callable[[]
             yield lambda: None
         finally:
             with torch.no_grad():
-                tuner.merge_and_unload()
+                if not options.merge:
+                    kept = {name: _product(model.get_submodule(name)) for name in names}
+                    tuner.unload()
+                else:
+                    tuner.merge_and_unload()
     finally:
         for name, layer in packed.items():
             # Layers without an adapter come back as the very modules they were: a head may share its codes.
             merged = model.get_submodule(name).weight
-            model.set_submodule(name, _rounded(layer, merged) if name in names else layer)
+            model.set_submodule(name, _rounded(layer, merged) if name in names and options.merge else layer)
+            if name in kept:
+                layer.adapt(*kept[name])
 
 
 def _targets(model: nn.Module, leaves: list[str] | None) -> list[str]:
@@ -107,6 +129,11 @@ def _keep_zeros(layer: nn.Module, mask: torch.Tensor) -> None:
 
     layer.get_delta_weight = delta
     layer.forward = lambda x: F.linear(x, base.weight + delta(ADAPTER), base.bias)
+
+
+def _product(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `[rank, in]` and B alpha / rank `[out, rank]` of a layer of peft."""
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight * layer.scaling[ADAPTER]
 
 
 def _dequantized(packed: PackedLinear) -> nn.Linear:

@@ -1,0 +1,159 @@
+"""Stream a model: read a block, compress it, write it, go on. What is finished is kept, whatever happens."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qlib.allocator import keep_freed_memory
+from qlib.blockwise import Step, compress_block, wants_targets
+from qlib.compress import WALKED, calibration_ids, later_grid
+from qlib.errors import UserError
+from qlib.models.checkpoint import read_header
+from qlib.models.families import blocks_of, family_of
+from qlib.models.load import Subject
+from qlib.models.save import checkpoint_tensors, write_rest
+from qlib.progress import progress
+from qlib.recipe import Context, pass_name, read_recipe
+from qlib.refuse import check_recipe
+from qlib.runs.state import Busy, hold
+from qlib.runs.subject_hash import model_hash
+from qlib.stream.blocks import BlocksOnDisk
+from qlib.stream.files import in_order, write_json, write_tensors
+from qlib.stream.manifest import Manifest, signature
+from qlib.stream.source import Stored, open_model
+from qlib.walk import Batch, Visit
+
+__all__ = ["stream"]
+
+WORK = ".stream"
+INDEX = "model.safetensors.index.json"
+
+
+def stream(
+    model: str, recipe: list[dict[str, Any]], output: str | Path, calibration: Any = None, seed: int = 0, mapped: bool = False
+) -> Manifest:
+    """Compress the checkpoint `model` into the folder `output`, in the packed format of `qlib.save`, tensor for tensor.
+
+    In memory are one block and what compressing it takes, and what reaches it of the calibration text. A killed call
+    goes on after the last finished block when it is repeated, to the same files.
+
+    Args:
+        model: as `qlib.load` takes it. recipe, calibration, seed: as `qlib.compress` takes them.
+        mapped: leave what reaches a block on disk, in the output folder, and map it from there.
+
+    Raises:
+        UserError: a recipe that needs the whole model; a broken checkpoint; a folder that cannot be written, or holds
+            what other parameters began.
+    """
+    keep_freed_memory()
+    steps = read_recipe(recipe)
+    check_streams(steps)
+    subject, stored = open_model(model)
+    check_recipe(subject, steps)
+    ids = calibration_ids(subject, steps, calibration, seed)
+    signed = signature(model_hash(model, Path.cwd()), steps, ids, seed)
+    folder = Path(output)
+    work = folder / WORK
+    done = Manifest(folder, work, signed)  # refuses before anything is made
+    try:
+        if done.complete and not work.exists():
+            return done
+        work.mkdir(parents=True, exist_ok=True)
+        with hold(work):
+            done = Manifest(folder, work, signed)  # as the process that held it before has left it
+            if not done.complete:
+                subject.model.blocks_on_disk = BlocksOnDisk(subject.model, stored, work, mapped)
+                _fill(folder, subject, stored, steps, Context(ids, seed), done)
+            shutil.rmtree(work)
+    except Busy:
+        raise UserError(f"{folder}: is being written by another process") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); finished blocks are kept") from None
+    return done
+
+
+def check_streams(steps: list[Step]) -> None:
+    """Refuse what one walk through a model on disk cannot do.
+
+    Raises:
+        UserError: names the pass and the reason.
+    """
+    walked = [index for index, (module, _) in enumerate(steps) if module.SCOPE in WALKED]
+    for index, (module, options) in enumerate(steps):
+        where, what = f"recipe[{index}]: pass '{pass_name(module)}'", "a stream has one block at a time in memory"
+        if module.SCOPE == "model":
+            raise UserError(f"{where} works on the whole model, but {what}; allowed: passes of linears and blocks")
+        if module.SCOPE == "plan" and not getattr(module, "streams", lambda options: False)(options):
+            raise UserError(f"{where} plans on the whole model with these options, but {what}")
+        if module.SCOPE == "plan" and walked and index > walked[0]:
+            raise UserError(f"{where} plans on what passes before it leave; a stream plans first, on the model as it was")
+    if not walked:
+        raise UserError("recipe: has no pass that changes weights block by block, e.g. rtn")
+
+
+def _fill(folder: Path, subject: Subject, stored: Stored, steps: list[Step], context: Context, done: Manifest) -> None:
+    """Write all parts that are not there yet: the embedding, the blocks, norm and head, and what lies beside weights."""
+    family, count = family_of(subject.config), len(blocks_of(subject.model))
+    files = [folder / f"model-{part + 1:05d}-of-{count + 2:05d}.safetensors" for part in range(count + 2)]
+    ends = [f"{part}.weight" for part in (family.embedding, family.norm, family.head)]
+    if not done.shards:
+        _copy(ends[:1], stored, files[0], done)
+    if done.plan is None:
+        plan: dict[str, dict[str, Any]] = {}
+        for module, options in steps:
+            plan |= module.plan(subject, options, context) if module.SCOPE == "plan" else {}
+        done.plan = plan
+        done.write()
+    if len(done.shards) <= count:
+        _compress(subject, [step for step in steps if step[0].SCOPE in WALKED], context, files[1:-1], done)
+    if len(done.shards) <= count + 1:
+        _copy([name for name in ends[1:] if name in stored.names], stored, files[-1], done)
+    _write_index(files, done)
+    write_rest(subject, folder, done.entry)
+    done.complete = True
+    done.write()
+
+
+def _copy(names: list[str], stored: Stored, file: Path, done: Manifest) -> None:
+    """Write tensors as they are, in bf16, into one file, a piece at a time."""
+    layout = {name: stored.layout(name) for name in sorted(names)}
+    done.add(file, write_tensors(file, done.work, layout, (piece for name in layout for piece in stored.pieces(name))))
+
+
+def _compress(subject: Subject, steps: list[Step], context: Context, files: list[Path], done: Manifest) -> None:
+    """Walk on from the first block that is not finished; as `qlib.walk`, but what is handed on is kept for a later call."""
+    blocks, first = subject.model.blocks_on_disk, len(done.shards) - 1
+    inputs = blocks.first(context.ids) if context.ids else []
+    exact = inputs if wants_targets(steps) else []
+    if first:
+        inputs, exact = blocks.read(f"inputs-{first}", inputs), blocks.read(f"exact-{first}", exact)
+    for index in progress(first, len(files), "streaming", every=0):
+        inputs, exact = _compress_one(index, subject, steps, context, inputs, exact, files, done)
+        blocks.forget(before=index)
+
+
+def _compress_one(
+    index: int, subject: Subject, steps: list[Step], context: Context, inputs: list[Batch], exact: list[Batch],
+    files: list[Path], done: Manifest,
+) -> tuple[list[Batch], list[Batch]]:  # fmt: skip
+    """Read, compress and write one block; returns what reaches the next one, and would in the model as it was."""
+    blocks, more = subject.model.blocks_on_disk, index + 1 < len(files)
+    with blocks.open(index) as block:
+        ahead = blocks.run(block, exact, f"exact-{index + 1}") if exact else []
+        path = f"{family_of(subject.config).blocks}.{index}"
+        visit = Visit(index, path, block, inputs, [hidden for hidden, _ in ahead] if exact else None)
+        layers = compress_block(visit, steps, later_grid(steps, steps), done.plan, subject.config, context.seed)
+        behind = blocks.run(block, inputs, f"inputs-{index + 1}") if inputs and more else []
+        tensors, entry = checkpoint_tensors(subject.model)
+        tensors = in_order(tensors)
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        size = write_tensors(files[index], done.work, layout, tensors.values())
+    done.add(files[index], size, entry, layers.values())
+    return behind, ahead
+
+
+def _write_index(files: list[Path], done: Manifest) -> None:
+    """Which file holds which tensor."""
+    where = {name: file.name for file in files for name in read_header(file)}
+    total = sum(shard["data"] for shard in done.shards)
+    write_json(files[0].with_name(INDEX), {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, done.work)

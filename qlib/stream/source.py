@@ -1,0 +1,134 @@
+"""A checkpoint on disk as a model without weights, of which one block at a time is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+
+from qlib.errors import UserError
+from qlib.models.checkpoint import TensorEntry, check_entries, read_config, read_entries, read_header, read_tensor
+from qlib.models.families import CONVERTED, blocks_of, family_of
+from qlib.models.load import Subject, empty_model, expected_shapes, load_tokenizer, locate
+from qlib.models.packed import rebuild_buffers
+from qlib.models.qwen1 import STORED, convert_tensor, describe_original, qwen2_names
+
+__all__ = ["Stored", "open_model"]
+
+PIECE = 2**22  # numbers of the embedding or the head that are converted together
+
+
+@dataclass
+class Stored:
+    """Where the tensors of a checkpoint lie, by the names that our model has for them.
+
+    Attributes:
+        entries: by their names in the files. names: name in the files of each tensor of the model; several tensors may
+            be parts of one.
+        original: whether they are those of an original Qwen, of which a tensor may hold several of ours.
+    """
+
+    entries: dict[str, TensorEntry]
+    names: dict[str, str]
+    original: bool
+
+    def read(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Tensors in bf16 whose names begin with `prefix`; one tensor of the files is read at a time.
+
+        Raises:
+            UserError: a file is missing, truncated or changed, or values are not finite; it names file and tensor.
+        """
+        found = {}
+        for name in dict.fromkeys(old for new, old in self.names.items() if new.startswith(prefix)):
+            tensor = self._mapped(name)
+            parts = convert_tensor(name, tensor) if self.original else {name: tensor}
+            found |= {new: torch.empty_like(part, dtype=torch.bfloat16).copy_(part) for new, part in parts.items()}
+        return found
+
+    def mapped(self, name: str) -> torch.Tensor:
+        """A tensor of the model that is whole in the files, in their type, without taking memory."""
+        return self._mapped(self.names[name])
+
+    def layout(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Type and shape in the model."""
+        return torch.bfloat16, self.entries[self.names[name]].shape
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The same in bf16, piece by piece."""
+        return (piece.bfloat16() for piece in self.mapped(name).view(-1).split(PIECE))
+
+    def _mapped(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
+        if (now := read_header(entry.file).get(name)) != entry:  # mapping a file that was cut off would end the process
+            found = "is gone" if now is None else f"became {now.dtype} {list(now.shape)}"
+            was = f"it was {entry.dtype} {list(entry.shape)}"
+            raise UserError(f"{entry.file}: tensor '{name}' {found} since it was looked at; {was}")
+        return read_tensor(name, entry)
+
+
+def open_model(model: str) -> tuple[Subject, Stored]:
+    """A model of which only shapes are in memory, and where its tensors are; files were checked by their headers.
+
+    Raises:
+        UserError: as `qlib.load`; or the weights are packed already.
+    """
+    source = locate(model)
+    raw = read_config(source.folder)
+    where = source.folder / "config.json"
+    if raw.get("model_type") in CONVERTED:
+        network, tokenizer, entries, details = describe_original(source.folder, raw)
+        config, names = network.config, {new: old for old in entries for new in qwen2_names(old)}
+    else:
+        from transformers import AutoConfig
+
+        family_of(type("Raw", (), raw), str(where))
+        if method := raw.get("quantization_config", {}).get("quant_method"):
+            raise UserError(
+                f"{where}: quantization_config.quant_method: '{method}' cannot be streamed; allowed: plain weights"
+            )
+        entries, details = read_entries(source.folder), {}
+        tokenizer = load_tokenizer(source.folder)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        expected = expected_shapes(config, entries)
+        check_entries(entries, expected, source.folder)
+        names = {name: name for name in expected}
+        _check_types({name: entries[name] for name in names})
+        network = empty_model(config)
+        rebuild_buffers(network, config)
+        _read_generation(network, source.folder)
+    stored = Stored(entries, names, raw["model_type"] in CONVERTED)
+    if config.tie_word_embeddings:
+        _untie(stored, network)
+    network.eval().requires_grad_(False)
+    blocks_of(network)
+    return Subject(network, tokenizer, config, source, details=details), stored
+
+
+def _check_types(entries: dict[str, TensorEntry]) -> None:
+    for name, entry in entries.items():
+        if entry.dtype not in STORED:
+            raise UserError(f"{entry.file}: tensor '{name}' is stored as {entry.dtype}; allowed: {', '.join(STORED)}")
+
+
+def _read_generation(network: Any, folder: Path) -> None:
+    """Take over generation_config.json, as transformers does when it loads a model."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        network.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _untie(stored: Stored, network: Any) -> None:
+    """Leave out a head that is the embedding once more.
+
+    Raises:
+        UserError: it is not.
+    """
+    family = family_of(network.config)
+    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
+    if head in stored.names:
+        pairs = zip(stored.pieces(head), stored.pieces(embedding))
+        if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
+            file = stored.entries[head].file
+            raise UserError(f"{file}: tensor '{head}' differs from '{embedding}', to which config.json ties it")
+        del stored.names[head]

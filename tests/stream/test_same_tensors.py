@@ -1,0 +1,77 @@
+"""What a stream writes is what loading, compressing and saving writes: every tensor, bit by bit, and the configuration."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from qlib.compress import compress
+from qlib.models.load import load
+from qlib.models.save import save
+from qlib.stream.run import stream
+
+IDS = list(torch.randint(0, 300, (6, 24), generator=torch.Generator().manual_seed(3)).split(4))
+RTN = {"pass": "rtn", "bits": 4, "group_size": 32}
+SPARSEGPT = {"pass": "sparsegpt", "sparsity": 0.5}
+RECIPES = {
+    "rtn": [RTN],
+    "gptq": [{"pass": "gptq", "bits": 3, "group_size": 32}],
+    "gptq-sequential": [{"pass": "gptq", "bits": 4, "group_size": 32, "true_sequential": True}],
+    "nvfp4": [{"pass": "rtn", "element": "nvfp4", "bits": 4, "group_size": 16}],
+    "awq-rtn": [{"pass": "awq", "steps": 3}, RTN],
+    "signround": [{"pass": "signround", "bits": 2, "group_size": 32, "iterations": 3}],
+    "wanda": [{"pass": "wanda", "sparsity": 0.5}],
+    "sparsegpt": [SPARSEGPT],
+    "wanda-rtn": [{"pass": "wanda", "sparsity": 0.7}, RTN],
+    "joint": [{"pass": "joint", "sparsity": 0.5, "bits": 4, "group_size": 32}],
+    "outliers": [{"pass": "allocate_sparsity", "spread": 0.1, "far": 3.0}, SPARSEGPT],
+    "keep-ends": [{"pass": "keep_ends", "budget": 4.0, "low": 3, "high": 5, "group_size": 32}, RTN],
+}  # fmt: skip
+
+
+def tensors_of(folder):
+    """Every tensor of a checkpoint by name, as type, shape and bytes."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():
+                tensor = opened.get_tensor(name)
+                assert name not in found
+                found[name] = (tensor.dtype, tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found
+
+
+def assert_same(streamed, model, recipe, saved, ids=IDS):
+    save(compress(load(model), recipe, ids, seed=5), saved)
+    expected, found = tensors_of(saved), tensors_of(streamed)
+    assert list(sorted(found)) == list(sorted(expected))
+    assert not [name for name, told in found.items() if told != expected[name]]
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (streamed / name).read_text() == (saved / name).read_text(), name
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_a_stream_writes_what_the_whole_model_would_be(model_folder, tmp_path, recipe):
+    model = str(model_folder(shard="60KB"))
+    stream(model, recipe, tmp_path / "streamed", IDS, seed=5, mapped="gptq" in str(recipe))
+    assert_same(tmp_path / "streamed", model, recipe, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind, tied", [("qwen3", True), ("llama", False), ("mistral", True)])
+def test_of_every_architecture_tied_or_not(model_folder, tmp_path, kind, tied):
+    model = str(model_folder(kind, tied=tied, shard="60KB", num_hidden_layers=3))
+    for mapped in (False, True):
+        stream(model, RECIPES["awq-rtn"], tmp_path / f"{mapped}", IDS, seed=5, mapped=mapped)
+        assert_same(tmp_path / f"{mapped}", model, RECIPES["awq-rtn"], tmp_path / "saved")
+
+
+def test_the_result_loads(model_folder, tmp_path):
+    model = str(model_folder(shard="60KB"))
+    stream(model, RECIPES["joint"], tmp_path / "streamed", IDS, seed=5)
+    subject, ids = compress(load(model), RECIPES["joint"], IDS, seed=5), torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(load(str(tmp_path / "streamed")).model(ids).logits, subject.model(ids).logits)
+    index = json.loads((tmp_path / "streamed" / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == [f"model-{part:05d}-of-00004.safetensors" for part in range(1, 5)]
+    assert not (tmp_path / "streamed" / ".stream").exists()
