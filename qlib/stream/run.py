@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qlib.allocator import keep_freed_memory
+from qlib.allocator import return_freed_memory
 from qlib.blockwise import Step, compress_block, wants_targets
 from qlib.compress import WALKED, calibration_ids, later_grid
 from qlib.errors import UserError
@@ -35,7 +35,7 @@ def stream(
     """Compress the checkpoint `model` into the folder `output`, in the packed format of `qlib.save`, tensor for tensor.
 
     In memory are one block and what compressing it takes, and what reaches it of the calibration text. A killed call
-    goes on after the last finished block when it is repeated, to the same files.
+    goes on after the last finished block when it is repeated, to the same files; only a plan pass begins anew.
 
     Args:
         model: as `qlib.load` takes it. recipe, calibration, seed: as `qlib.compress` takes them.
@@ -45,7 +45,7 @@ def stream(
         UserError: a recipe that needs the whole model; a broken checkpoint; a folder that cannot be written, or holds
             what other parameters began.
     """
-    keep_freed_memory()
+    return_freed_memory()
     steps = read_recipe(recipe)
     check_streams(steps)
     subject, stored = open_model(model)
