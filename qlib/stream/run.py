@@ -30,7 +30,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def stream(
-    model: str, recipe: list[dict[str, Any]], output: str | Path, calibration: Any = None, seed: int = 0, mapped: bool = False
+    model: str,
+    recipe: list[dict[str, Any]],
+    output: str | Path,
+    calibration: Any = None,
+    seed: int = 0,
+    mapped: bool = False,
 ) -> Manifest:
     """Compress the checkpoint `model` into the folder `output`, in the packed format of `qlib.save`, tensor for tensor.
 
@@ -121,7 +126,7 @@ def _copy(names: list[str], stored: Stored, file: Path, done: Manifest) -> None:
 
 
 def _compress(subject: Subject, steps: list[Step], context: Context, files: list[Path], done: Manifest) -> None:
-    """Walk on from the first block that is not finished; as `qlib.walk`, but what is handed on is kept for a later call."""
+    """Walk on from the first block that is not finished; as `qlib.walk`, but a later call finds what is handed on."""
     blocks, first = subject.model.blocks_on_disk, len(done.shards) - 1
     inputs = blocks.first(context.ids) if context.ids else []
     exact = inputs if wants_targets(steps) else []
@@ -155,5 +160,5 @@ def _compress_one(
 def _write_index(files: list[Path], done: Manifest) -> None:
     """Which file holds which tensor."""
     where = {name: file.name for file in files for name in read_header(file)}
-    total = sum(shard["data"] for shard in done.shards)
-    write_json(files[0].with_name(INDEX), {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, done.work)
+    total = {"total_size": sum(shard["data"] for shard in done.shards)}
+    write_json(files[0].with_name(INDEX), {"metadata": total, "weight_map": dict(sorted(where.items()))}, done.work)
