@@ -6,24 +6,13 @@ its pages, which for activations of a few megabytes takes several times longer t
 
 import ctypes
 
-__all__ = ["keep_freed_memory", "return_freed_memory"]
+__all__ = ["keep_freed_memory"]
 
 #: Parameters of glibc's mallopt. Blocks of up to 32 MiB, the most it allows, come from the heap, which is not trimmed.
-KEEPING = {-3: 32 * 2**20, -1: 2**31 - 1, -2: 64 * 2**20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
-#: Blocks from 1 MiB on come from the system and go back to it.
-RETURNING = {-3: 2**20, -1: 2**20, -2: 0}
+SETTINGS = {-3: 32 * 2**20, -1: 2**31 - 1, -2: 64 * 2**20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def keep_freed_memory() -> bool:
     """Ask the C library for it, for the whole process; false where it knows no such thing (musl, macOS)."""
-    return _set(KEEPING)
-
-
-def return_freed_memory() -> bool:
-    """Ask it for the opposite, where memory is shorter than time; false as above."""
-    return _set(RETURNING)
-
-
-def _set(settings: dict[int, int]) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and all(mallopt(name, value) for name, value in settings.items())
+    return mallopt is not None and all(mallopt(name, value) for name, value in SETTINGS.items())

@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qlib.allocator import return_freed_memory
 from qlib.blockwise import Step, compress_block, wants_targets
 from qlib.compress import WALKED, calibration_ids, later_grid
 from qlib.errors import UserError
@@ -17,6 +16,7 @@ from qlib.recipe import Context, pass_name, read_recipe
 from qlib.refuse import check_recipe
 from qlib.runs.state import Busy, hold
 from qlib.runs.subject_hash import model_hash
+from qlib.stream.allocator import return_freed_memory
 from qlib.stream.blocks import BlocksOnDisk
 from qlib.stream.files import in_order, write_json, write_tensors
 from qlib.stream.manifest import Manifest, signature
