@@ -34,7 +34,7 @@ class BlocksOnDisk(Blocks):
         self.stored, self.work, self.mapped = stored, work, mapped
 
     def first(self, ids: list[torch.Tensor]) -> list[Batch]:
-        """What reaches the first block, `[rows, tokens, hidden]` of each batch: rows of the embedding, which stays on disk."""
+        """What reaches the first block, `[rows, tokens, hidden]` of each batch; the embedding stays on disk."""
         arguments: list[dict[str, Any]] = []
 
         def hidden() -> Iterator[torch.Tensor]:
@@ -53,8 +53,10 @@ class BlocksOnDisk(Blocks):
         blocks, prefix = blocks_of(self.model), f"{family_of(self.model.config).blocks}.{index}."
         empty = blocks[index]
         block = copy.deepcopy(empty)
-        tensors = self.stored.read(prefix)
-        block.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, assign=True)
+        # The block alone may hold its weights, so that each of them is free once codes have taken its place.
+        block.load_state_dict(
+            {name.removeprefix(prefix): tensor for name, tensor in self.stored.read(prefix).items()}, assign=True
+        )
         blocks[index] = block
         try:
             yield block

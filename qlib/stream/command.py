@@ -8,17 +8,17 @@ from qlib.errors import UserError, nearest
 
 __all__ = ["add_command"]
 
-SUMMARY = "apply a strategy's recipe to a checkpoint block by block, from disk to disk; goes on where it was interrupted"
+SUMMARY = "apply a recipe to a checkpoint block by block, from disk to disk; goes on where it was interrupted"
 
 
 def add_command(commands: Any, **style: Any) -> None:
     """Add `stream` to the subcommands of `qlib`."""
     parser = commands.add_parser("stream", help=SUMMARY, description=SUMMARY, **style)
-    parser.add_argument("file", metavar="FILE", type=_file, help="a strategy file, or its name; its recipe, calibration and seed")
+    parser.add_argument("file", metavar="FILE", type=_file, help="a strategy file, or its name")
     parser.add_argument("--model", type=_folder, help="a folder or a hub id (default: that of the strategy)")
-    parser.add_argument("--output", metavar="FOLDER", type=_path, required=True, help="a new folder, or one to go on with")
+    parser.add_argument("--output", metavar="FOLDER", type=_path, required=True, help="a new folder, or one to finish")
     parser.add_argument("-p", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="other parameters")
-    parser.add_argument("--mapped", action="store_true", help="leave activations on disk, in FOLDER, and map them from there")
+    parser.add_argument("--mapped", action="store_true", help="leave activations on disk, in FOLDER")
     parser.add_argument("--runs", metavar="DIR", type=_path, help=argparse.SUPPRESS)
     parser.set_defaults(action=_stream)
 
@@ -44,10 +44,11 @@ def _stream(options: argparse.Namespace, root: Path) -> None:
     known = {file.stem: file for file in (root / "params").glob("*.yaml")}
     file = Path(options.file) if Path(options.file).is_file() else known.get(options.file)
     if file is None:
-        raise UserError(f"{options.file}: no such strategy file{nearest(Path(options.file).stem, known)}; see `qlib list`")
+        close = nearest(Path(options.file).stem, known)
+        raise UserError(f"{options.file}: no such strategy file{close}; see `qlib list`")
     strategy = override(load_strategy(file, root), parse_assignments(options.changes))
     model = options.model or strategy.model
     with track_peak() as peak:
         done = stream(model, strategy.recipe, options.output, strategy.calibration, strategy.seed, options.mapped)
-    size = sum(shard["bytes"] for shard in done.shards)
-    print(f"{options.output}: {strategy.name} of {model}, {size / 1e6:,.1f} MB; at most {peak.bytes / 1e6:,.0f} MB of memory")
+    size, most = sum(shard["bytes"] for shard in done.shards) / 1e6, peak.bytes / 1e6
+    print(f"{options.output}: {strategy.name} of {model}, {size:,.1f} MB; at most {most:,.0f} MB of memory")

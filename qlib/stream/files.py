@@ -1,4 +1,4 @@
-"""Write safetensors files piece by piece, each whole or not at all: what is written never has to be in memory together."""
+"""Write safetensors files piece by piece, so that never all of one is in memory; each is there whole or not at all."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a stream has done so far, and with what: a killed one goes on only if nothing that decides its result has changed."""
+"""What a stream has done so far, and with what: it goes on only if nothing that decides its result has changed."""
 
 import hashlib
 import json

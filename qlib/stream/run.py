@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qlib.allocator import keep_freed_memory
 from qlib.blockwise import Step, compress_block, wants_targets
 from qlib.compress import WALKED, calibration_ids, later_grid
 from qlib.errors import UserError
@@ -17,6 +16,7 @@ from qlib.recipe import Context, pass_name, read_recipe
 from qlib.refuse import check_recipe
 from qlib.runs.state import Busy, hold
 from qlib.runs.subject_hash import model_hash
+from qlib.stream.allocator import return_freed_memory
 from qlib.stream.blocks import BlocksOnDisk
 from qlib.stream.files import in_order, write_json, write_tensors
 from qlib.stream.manifest import Manifest, signature
@@ -30,12 +30,17 @@ INDEX = "model.safetensors.index.json"
 
 
 def stream(
-    model: str, recipe: list[dict[str, Any]], output: str | Path, calibration: Any = None, seed: int = 0, mapped: bool = False
+    model: str,
+    recipe: list[dict[str, Any]],
+    output: str | Path,
+    calibration: Any = None,
+    seed: int = 0,
+    mapped: bool = False,
 ) -> Manifest:
     """Compress the checkpoint `model` into the folder `output`, in the packed format of `qlib.save`, tensor for tensor.
 
     In memory are one block and what compressing it takes, and what reaches it of the calibration text. A killed call
-    goes on after the last finished block when it is repeated, to the same files.
+    goes on after the last finished block when it is repeated, to the same files; only a plan pass begins anew.
 
     Args:
         model: as `qlib.load` takes it. recipe, calibration, seed: as `qlib.compress` takes them.
@@ -45,7 +50,7 @@ def stream(
         UserError: a recipe that needs the whole model; a broken checkpoint; a folder that cannot be written, or holds
             what other parameters began.
     """
-    keep_freed_memory()
+    return_freed_memory()
     steps = read_recipe(recipe)
     check_streams(steps)
     subject, stored = open_model(model)
@@ -121,7 +126,7 @@ def _copy(names: list[str], stored: Stored, file: Path, done: Manifest) -> None:
 
 
 def _compress(subject: Subject, steps: list[Step], context: Context, files: list[Path], done: Manifest) -> None:
-    """Walk on from the first block that is not finished; as `qlib.walk`, but what is handed on is kept for a later call."""
+    """Walk on from the first block that is not finished; as `qlib.walk`, but a later call finds what is handed on."""
     blocks, first = subject.model.blocks_on_disk, len(done.shards) - 1
     inputs = blocks.first(context.ids) if context.ids else []
     exact = inputs if wants_targets(steps) else []
@@ -155,5 +160,5 @@ def _compress_one(
 def _write_index(files: list[Path], done: Manifest) -> None:
     """Which file holds which tensor."""
     where = {name: file.name for file in files for name in read_header(file)}
-    total = sum(shard["data"] for shard in done.shards)
-    write_json(files[0].with_name(INDEX), {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}, done.work)
+    total = {"total_size": sum(shard["data"] for shard in done.shards)}
+    write_json(files[0].with_name(INDEX), {"metadata": total, "weight_map": dict(sorted(where.items()))}, done.work)

@@ -3,7 +3,7 @@
 python driver.py killed MODEL OUTPUT POINTS: stream anew, killed at the first of the POINTS (comma-separated numbers of
     writes and renames), again killed at the next one, ... and at last to its end; prints how many children were killed.
 python driver.py memory TINY MODEL ...: prints the bytes of anonymous memory that streaming took at its peak, for each
-    MODEL; TINY is streamed before, so that what is loaded once does not count.
+    MODEL; and for TINY and long text, with hidden states in memory and on disk. What is loaded once does not count.
 """
 
 import os
@@ -22,6 +22,7 @@ RECIPE = [
     {"pass": "sparsegpt", "sparsity": 0.5},
     {"pass": "signround", "bits": 4, "group_size": 32, "iterations": 2},
 ]
+LONG = [torch.full((8, 256), 7)] * 32
 GPTQ = [{"pass": "gptq", "bits": 4, "group_size": 128}]
 
 
@@ -73,15 +74,18 @@ def killed(model, output, points):
 
 
 def memory(*models):
-    def watch(model):
+    def watch(model, recipe, output, *told):
         before = anonymous_bytes()
         with track_peak(0.002) as peak:
-            stream(model, GPTQ, f"{model}-streamed", IDS)
+            stream(model, recipe, output, *told)
         print(peak.bytes - before, flush=True)
 
-    stream(models[0], GPTQ, f"{models[0]}-before", IDS)
-    for model in models[1:]:
-        in_child(lambda: watch(model))
+    tiny, *larger = models
+    stream(tiny, GPTQ, f"{tiny}-before", IDS)
+    for model in larger:
+        in_child(lambda: watch(model, GPTQ, f"{model}-streamed", IDS))
+    for mapped in (False, True):
+        in_child(lambda: watch(tiny, [{"pass": "wanda"}], f"{tiny}-{mapped}", LONG, 0, mapped))
 
 
 if __name__ == "__main__":

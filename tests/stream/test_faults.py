@@ -1,4 +1,4 @@
-"""What is wrong is said in one line that names file and tensor; finished blocks stay, and the checkpoint is never touched."""
+"""What is wrong is said in one line that names file and tensor; finished blocks stay, checkpoints are never touched."""
 
 import errno
 import json
@@ -34,27 +34,25 @@ def full_disk(monkeypatch):
     def fail(begin, code=errno.ENOSPC):
         written = files.write_tensors
 
-        def write(path, *told):
-            def pieces():
-                yield from [next(iter(told[2]))]
+        def write(path, work, layout, pieces):
+            def some():
+                yield next(iter(pieces))
                 raise OSError(code, os.strerror(code))
 
-            return written(path, told[0], told[1], pieces() if path.name.startswith(begin) else told[2])
+            return written(path, work, layout, some() if path.name.startswith(begin) else pieces)
 
         for module in ("blocks", "run"):
             monkeypatch.setattr(f"qlib.stream.{module}.write_tensors", write)
 
-    yield fail
+    return fail
 
 
 @pytest.mark.parametrize("code", (errno.ENOSPC, errno.EROFS, errno.EACCES))
 @pytest.mark.parametrize("begin", ("model-00003", "inputs-2", "model-00005"))
 def test_what_cannot_be_written_is_said_and_what_was_is_kept(model_folder, tmp_path, full_disk, monkeypatch, begin, code):
     model, output = str(model_folder(**MANY)), tmp_path / "streamed"
-    with monkeypatch.context() as broken:
-        full_disk(begin, code)
-        assert f"cannot be written ({os.strerror(code)}); finished blocks are kept" in refused(model, GPTQ, output, IDS)
-        broken.undo()
+    full_disk(begin, code)
+    assert f"cannot be written ({os.strerror(code)}); finished blocks are kept" in refused(model, GPTQ, output, IDS)
     monkeypatch.undo()
     assert not [file for file in output.rglob("*.tmp")] and not (output / "config.json").exists()
     kept = [shard["file"] for shard in json.loads((output / "stream.json").read_text())["shards"]]
@@ -74,10 +72,11 @@ def test_a_folder_that_is_read_only(model_folder, tmp_path):
 
 def test_a_folder_below_a_file(model_folder, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "streamed: cannot be written (Not a directory)" in refused(str(model_folder()), RTN, tmp_path / "file" / "streamed")
+    told = refused(str(model_folder()), RTN, tmp_path / "file" / "streamed")
+    assert "streamed: cannot be written (Not a directory)" in told
 
 
-def test_a_shard_that_breaks_half_way_is_named_and_once_it_is_whole_the_stream_goes_on(model_folder, tmp_path, full_disk, monkeypatch):
+def test_a_shard_that_breaks_half_way_is_named_and_whole_again_read(model_folder, tmp_path, full_disk, monkeypatch):
     model, output = model_folder(**MANY), tmp_path / "streamed"
     full_disk("model-00003")
     refused(str(model), GPTQ, output, IDS)

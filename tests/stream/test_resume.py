@@ -41,10 +41,12 @@ def test_killed_anywhere_and_often_it_ends_with_the_same_bytes(model_folder, tmp
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole") and hashes(model) == before
 
 
-def test_memory_does_not_grow_with_depth(model_folder):
+def test_memory_does_not_grow_with_depth_nor_mapped_with_text(model_folder):
     sizes = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=4, head_dim=128)
     models = [model_folder(hidden_size=128, head_dim=32, name="tiny")]
     models += [model_folder(shard="3MB", name=f"{depth}", num_hidden_layers=depth, **sizes) for depth in (2, 8)]
     block = 2 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1408)
-    shallow, deep = drive("memory", *models)
+    shallow, deep, kept, mapped = drive("memory", *models)
     assert 2 * block < shallow and abs(deep - shallow) < block, (shallow / 1e6, deep / 1e6, block / 1e6)
+    states = 2 * 128 * 32 * 8 * 256
+    assert kept - mapped > 1.5 * states, (kept / 1e6, mapped / 1e6)  # what reaches a block, and what leaves it

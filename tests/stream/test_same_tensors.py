@@ -1,4 +1,4 @@
-"""What a stream writes is what loading, compressing and saving writes: every tensor, bit by bit, and the configuration."""
+"""What a stream writes is what loading, compressing and saving write: every tensor, bit by bit, and config.json."""
 
 import json
 
