@@ -123,9 +123,13 @@ def first_inputs(model: nn.Module, ids: list[torch.Tensor]) -> list[Batch]:
 
 @torch.no_grad()
 def run_block(block: nn.Module, batches: list[Batch]) -> list[Batch]:
-    """Run one block over all batches; older blocks return a tuple, newer ones the hidden states."""
+    """Run one block over all batches; older blocks return a tuple, newer ones the hidden states.
+
+    Hidden states that lie elsewhere, in a mapped file while the block is on a GPU, are brought to the block.
+    """
+    where = next(block.parameters()).device
     with PlainAttention():
-        outputs = [(block(hidden, **kwargs), kwargs) for hidden, kwargs in batches]
+        outputs = [(block(hidden.to(where), **kwargs), kwargs) for hidden, kwargs in batches]
     return [(out[0] if isinstance(out, tuple) else out, kwargs) for out, kwargs in outputs]
 
 

@@ -16,11 +16,12 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: its file, and its shape and dtype as the file's header tells them."""
+    """Where a tensor lies: its file, and its shape, dtype and bytes `[begin, end)` as the file's header tells them."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    bytes: tuple[int, int] = (0, 0)
 
 
 def read_config(folder: Path) -> dict:
@@ -113,7 +114,11 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     if size < needed:
         last = max(header, key=lambda name: header[name]["data_offsets"][1])
         raise UserError(f"{file}: is truncated ({size} of {needed} bytes; tensor '{last}' is cut off)")
-    return {name: TensorEntry(file, tuple(e["shape"]), e["dtype"]) for name, e in header.items()}
+    begin = 8 + length
+    return {
+        name: TensorEntry(file, tuple(e["shape"]), e["dtype"], tuple(begin + at for at in e["data_offsets"]))
+        for name, e in header.items()
+    }
 
 
 def check_entries(entries: dict[str, TensorEntry], expected: dict[str, tuple[int, ...]], folder: Path) -> None:

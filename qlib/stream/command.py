@@ -18,6 +18,7 @@ def add_command(commands: Any, **style: Any) -> None:
     parser.add_argument("--model", type=_folder, help="a folder or a hub id (default: that of the strategy)")
     parser.add_argument("--output", metavar="FOLDER", type=_path, required=True, help="a new folder, or one to finish")
     parser.add_argument("-p", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="other parameters")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where blocks are compressed (default: cpu)")
     parser.add_argument("--mapped", action="store_true", help="leave activations on disk, in FOLDER")
     parser.add_argument("--runs", metavar="DIR", type=_path, help=argparse.SUPPRESS)
     parser.set_defaults(action=_stream)
@@ -38,6 +39,7 @@ def _folder(text: str) -> str:
 def _stream(options: argparse.Namespace, root: Path) -> None:
     from qlib.evaluate.memory import track_peak
     from qlib.params import load_strategy, override
+    from qlib.runs.provenance import gpu
     from qlib.stream.run import stream
     from qlib.yamltext import parse_assignments
 
@@ -48,7 +50,9 @@ def _stream(options: argparse.Namespace, root: Path) -> None:
         raise UserError(f"{options.file}: no such strategy file{close}; see `qlib list`")
     strategy = override(load_strategy(file, root), parse_assignments(options.changes))
     model = options.model or strategy.model
+    if options.device == "cuda" and not gpu():
+        raise UserError("device: cuda is asked for, but there is no GPU that this build of torch can use")
     with track_peak() as peak:
-        done = stream(model, strategy.recipe, options.output, strategy.calibration, strategy.seed, options.mapped)
+        done = stream(model, strategy.recipe, options.output, strategy.calibration, strategy.seed, options.mapped, options.device)
     size, most = sum(shard["bytes"] for shard in done.shards) / 1e6, peak.bytes / 1e6
     print(f"{options.output}: {strategy.name} of {model}, {size:,.1f} MB; at most {most:,.0f} MB of memory")

@@ -65,7 +65,7 @@ def write_tensors(path: Path, work: Path, layout: Layout, pieces: Iterable[torch
     with whole_file(path, work) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
-            file.write(memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(memoryview(piece.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()))
     return 8 + len(text) + size, size
 
 

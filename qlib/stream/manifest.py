@@ -22,12 +22,13 @@ FORMAT = 1
 PARTS = ("shards", "plan", "layers", "entry", "complete")
 
 
-def signature(model: str, steps: list[Step], ids: list[torch.Tensor], seed: int) -> dict[str, Any]:
+def signature(model: str, steps: list[Step], ids: list[torch.Tensor], seed: int, device: str = "cpu") -> dict[str, Any]:
     """Everything that decides what is written.
 
     Args:
         model: hash of its files.
         ids: token ids `[rows, tokens]` of each batch of calibration text.
+        device: what is computed on a GPU differs in its last bits.
     """
     digest = hashlib.sha256()
     for batch in ids:
@@ -38,6 +39,7 @@ def signature(model: str, steps: list[Step], ids: list[torch.Tensor], seed: int)
         "recipe": [{"pass": pass_name(module)} | asdict(options) for module, options in steps],
         "calibration": digest.hexdigest() if ids else None,
         "seed": seed,
+        "device": device,
         "versions": {"qlib": qlib.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 

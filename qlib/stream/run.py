@@ -36,6 +36,7 @@ def stream(
     calibration: Any = None,
     seed: int = 0,
     mapped: bool = False,
+    device: str = "cpu",
 ) -> Manifest:
     """Compress the checkpoint `model` into the folder `output`, in the packed format of `qlib.save`, tensor for tensor.
 
@@ -45,6 +46,7 @@ def stream(
     Args:
         model: as `qlib.load` takes it. recipe, calibration, seed: as `qlib.compress` takes them.
         mapped: leave what reaches a block on disk, in the output folder, and map it from there.
+        device: "cpu" or "cuda": where a block is put while it is compressed; the next one is read meanwhile.
 
     Raises:
         UserError: a recipe that needs the whole model; a broken checkpoint; a folder that cannot be written, or holds
@@ -56,7 +58,7 @@ def stream(
     subject, stored = open_model(model)
     check_recipe(subject, steps)
     ids = calibration_ids(subject, steps, calibration, seed)
-    signed = signature(model_hash(model, Path.cwd()), steps, ids, seed)
+    signed = signature(model_hash(model, Path.cwd()), steps, ids, seed, device)
     folder = Path(output)
     work = folder / WORK
     done = Manifest(folder, work, signed)  # refuses before anything is made
@@ -67,7 +69,7 @@ def stream(
         with hold(work):
             done = Manifest(folder, work, signed)  # as the process that held it before has left it
             if not done.complete:
-                subject.model.blocks_on_disk = BlocksOnDisk(subject.model, stored, work, mapped)
+                subject.model.blocks_on_disk = BlocksOnDisk(subject.model, stored, work, mapped, device)
                 _fill(folder, subject, stored, steps, Context(ids, seed), done)
             shutil.rmtree(work)
     except Busy:

@@ -1,5 +1,6 @@
 """A checkpoint on disk as a model without weights, of which one block at a time is read."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator
@@ -44,6 +45,16 @@ class Stored:
             parts = convert_tensor(name, tensor) if self.original else {name: tensor}
             found |= {new: torch.empty_like(part, dtype=torch.bfloat16).copy_(part) for new, part in parts.items()}
         return found
+
+    def announce(self, prefix: str) -> None:
+        """Tell the system that tensors whose names begin with `prefix` are read soon; it may fetch them from the disk."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in dict.fromkeys(old for new, old in self.names.items() if new.startswith(prefix)):
+            entry = self.entries[name]
+            if entry.file.is_file():
+                with entry.file.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), entry.bytes[0], entry.bytes[1] - entry.bytes[0], os.POSIX_FADV_WILLNEED)
 
     def mapped(self, name: str) -> torch.Tensor:
         """A tensor of the model that is whole in the files, in their type, without taking memory."""
