@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qlib.layers import PackedLinear, pack
+from qlib.layers.held import HeldLinear
 from qlib.models.families import family_of
 from qlib.prune.mask import PrunedWeight, mark_pruned, mask_of, put_pruned
 from qlib.quantize.grid import rows_at_once
@@ -152,7 +153,7 @@ def _solve(visit: Visit, names: tuple[str, ...], steps: list[Step], statistics: 
         for statistic in filter(None, statistics):
             figures |= getattr(statistic, "notes", {})
         layers[figures["name"]], first = figures, rows.stop
-        _put(visit.block, name, linear, own, kept)
+        _put(visit, name, linear, own, kept)
     return layers
 
 
@@ -161,16 +162,16 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0].detach() if len(parts) == 1 else torch.cat(parts)
 
 
-def _put(block: nn.Module, name: str, linear: nn.Linear, result: Any, mask: torch.Tensor | None) -> None:
+def _put(visit: Visit, name: str, linear: nn.Linear, result: Any, mask: torch.Tensor | None) -> None:
     """Write a pruned weight into the linear, or a packed layer into its place."""
     if isinstance(result, PrunedWeight):
         put_pruned(linear, result)
         return
     parent, _, leaf = name.rpartition(".")
-    packed = pack(linear, result)
+    packed = pack(linear, result) if visit.runs else HeldLinear(result, linear.bias)
     if mask is not None:
         mark_pruned(packed)
-    setattr(block.get_submodule(parent), leaf, packed)
+    setattr(visit.block.get_submodule(parent), leaf, packed)
 
 
 def _figures(weight: torch.Tensor, solved: Any, mask: torch.Tensor | None) -> dict[str, Any]:

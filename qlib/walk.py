@@ -30,6 +30,7 @@ class Visit:
         index, path: number and name of the block. block: to be changed in place.
         inputs: from the blocks before it as they now are; empty without calibration text.
         targets: this block's outputs `[rows, tokens, hidden]` in the model as it was before the walk, if asked for.
+        runs: whether the block is run once it is compressed; if not, its codes need no kernel's order.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Visit:
     block: nn.Module
     inputs: list[Batch]
     targets: list[torch.Tensor] | None
+    runs: bool = True
 
 
 class Blocks:

@@ -83,10 +83,9 @@ def nearest_steps(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros:
 
     Ties of floats go to the even code, as in IEEE 754. Scales and zeros, fp32, are broadcast against values.
     """
-    steps = values / scales
     if grid.element == "int":
-        steps = steps.add_(zeros).round_() if grid.real_zero else steps.round_().add_(zeros)
-        return steps.clamp_(0, grid.levels - 1).sub_(zeros)
+        return _integer_codes(values, grid, scales, zeros).sub_(zeros)
+    steps = values / scales
     element = ELEMENTS[grid.element]
     steps.clamp_(-element.largest, element.largest)
     power = steps.abs().clamp_(min=element.normal).view(torch.int32)  # of two, at most the number: its exponent alone
@@ -94,11 +93,18 @@ def nearest_steps(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros:
     return steps.div_(spacing).round_().mul_(spacing)
 
 
+def _integer_codes(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Codes of integers as whole fp32 numbers; a zero that is no code of its own is added before rounding."""
+    steps = values / scales
+    steps = steps.add_(zeros).round_() if grid.real_zero else steps.round_().add_(zeros)
+    return steps.clamp_(0, grid.levels - 1)
+
+
 def nearest_codes(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """uint8 codes of the numbers of the grid that are nearest to fp32 values; fp32 scales and zeros are broadcast."""
-    steps = nearest_steps(values, grid, scales, zeros)
     if grid.element == "int":
-        return steps.add_(zeros).round_().to(torch.uint8)
+        return _integer_codes(values, grid, scales, zeros).to(torch.uint8)
+    steps = nearest_steps(values, grid, scales, zeros)
     if grid.element == "fp8":
         return steps.to(torch.float8_e4m3fn).view(torch.uint8)
     size = steps.abs()

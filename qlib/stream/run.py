@@ -148,7 +148,7 @@ def _compress_one(
     with blocks.open(index) as block:
         ahead = blocks.run(block, exact, f"exact-{index + 1}") if exact else []
         path = f"{family_of(subject.config).blocks}.{index}"
-        visit = Visit(index, path, block, inputs, [hidden for hidden, _ in ahead] if exact else None)
+        visit = Visit(index, path, block, inputs, [hidden for hidden, _ in ahead] if exact else None, bool(inputs))
         layers = compress_block(visit, steps, later_grid(steps, steps), done.plan, subject.config, context.seed)
         behind = blocks.run(block, inputs, f"inputs-{index + 1}") if inputs and more else []
         tensors, entry = checkpoint_tensors(subject.model)
