@@ -26,7 +26,7 @@ def signature(model: str, steps: list[Step], ids: list[torch.Tensor], seed: int,
     """Everything that decides what is written.
 
     Args:
-        model: hash of its files.
+        model: what `fingerprint` says of its files.
         ids: token ids `[rows, tokens]` of each batch of calibration text.
         device: what is computed on a GPU differs in its last bits.
     """

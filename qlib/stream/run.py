@@ -15,10 +15,10 @@ from qlib.progress import progress
 from qlib.recipe import Context, pass_name, read_recipe
 from qlib.refuse import check_recipe
 from qlib.runs.state import Busy, hold
-from qlib.runs.subject_hash import model_hash
 from qlib.stream.allocator import return_freed_memory
 from qlib.stream.blocks import BlocksOnDisk
 from qlib.stream.files import in_order, write_json, write_tensors
+from qlib.stream.fingerprint import fingerprint
 from qlib.stream.manifest import Manifest, signature
 from qlib.stream.source import Stored, open_model
 from qlib.walk import Batch, Visit
@@ -58,7 +58,7 @@ def stream(
     subject, stored = open_model(model)
     check_recipe(subject, steps)
     ids = calibration_ids(subject, steps, calibration, seed)
-    signed = signature(model_hash(model, Path.cwd()), steps, ids, seed, device)
+    signed = signature(fingerprint(subject.source.folder), steps, ids, seed, device)
     folder = Path(output)
     work = folder / WORK
     done = Manifest(folder, work, signed)  # refuses before anything is made
