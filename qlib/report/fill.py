@@ -15,6 +15,7 @@ from qlib.progress import clock
 from qlib.report import numbers, words
 from qlib.report.bench import bench_words
 from qlib.report.book import Book, Entry
+from qlib.report.either import either_words
 from qlib.report.headline import headline_frame, headline_words
 from qlib.report.measures import FAMILIES, FIELDS, MEASURES
 from qlib.report.quantized import METHODS, method_words
@@ -34,6 +35,7 @@ SENTENCES: dict[str, Callable[[Book], str]] = {
     "recovery": words.recovery_words,
     "precision": words.precision_words,
     "ablation": words.ablation_words,
+    "either": either_words,
     "literature": words.literature_words,
     "rivals": rival_words,
     "bench": lambda book: bench_words(book.bench),
