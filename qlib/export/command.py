@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qlib.arguments import add_runs, path
 from qlib.errors import UserError, nearest
 from qlib.paths import slug
 
@@ -18,19 +19,15 @@ def add_command(commands: Any, **style: Any) -> None:
     parser = commands.add_parser("export", help=SUMMARY, description=SUMMARY, **style)
     parser.add_argument("name", metavar="NAME", type=_source, help="a strategy that has run, or a folder with a model")
     parser.add_argument("--format", choices=FORMATS, required=True, help="dense is bf16, packed is qlib's own")
-    parser.add_argument("--output", metavar="FOLDER", type=_path, required=True, help="a folder that is not there yet")
+    parser.add_argument("--output", metavar="FOLDER", type=path, required=True, help="a folder that is not there yet")
     parser.add_argument("--model", help="which model the strategy ran on, if on several")
-    parser.add_argument("--runs", metavar="DIR", type=_path, help="folder of the runs (default: reports/runs)")
+    add_runs(parser)
     parser.set_defaults(action=_export)
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser().resolve()
 
 
 def _source(text: str) -> str | Path:
     """A folder with a checkpoint; otherwise it is the name of a strategy, and stays."""
-    return _path(text) if (_path(text) / "config.json").is_file() else text
+    return path(text) if (path(text) / "config.json").is_file() else text
 
 
 def _export(options: argparse.Namespace, root: Path) -> None:
