@@ -16,6 +16,7 @@ def add_command(commands: Any, **style: Any) -> None:
     parser = commands.add_parser("stream", help=SUMMARY, description=SUMMARY, **style)
     parser.add_argument("file", metavar="FILE", type=_file, help="a strategy file, or its name")
     parser.add_argument("--model", type=_folder, help="a folder or a hub id (default: that of the strategy)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
     parser.add_argument("--output", metavar="FOLDER", type=_path, required=True, help="a new folder, or one to finish")
     parser.add_argument("-p", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="other parameters")
     parser.add_argument("--mapped", action="store_true", help="leave activations on disk, in FOLDER")
@@ -49,6 +50,7 @@ def _stream(options: argparse.Namespace, root: Path) -> None:
     strategy = override(load_strategy(file, root), parse_assignments(options.changes))
     model = options.model or strategy.model
     with track_peak() as peak:
-        done = stream(model, strategy.recipe, options.output, strategy.calibration, strategy.seed, options.mapped)
+        told = (strategy.calibration, strategy.seed, options.mapped, options.revision)
+        done = stream(model, strategy.recipe, options.output, *told)
     size, most = sum(shard["bytes"] for shard in done.shards) / 1e6, peak.bytes / 1e6
     print(f"{options.output}: {strategy.name} of {model}, {size:,.1f} MB; at most {most:,.0f} MB of memory")

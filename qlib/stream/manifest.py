@@ -22,11 +22,11 @@ FORMAT = 1
 PARTS = ("shards", "plan", "layers", "entry", "complete")
 
 
-def signature(model: str, steps: list[Step], ids: list[torch.Tensor], seed: int) -> dict[str, Any]:
+def signature(model: str | dict[str, Any], steps: list[Step], ids: list[torch.Tensor], seed: int) -> dict[str, Any]:
     """Everything that decides what is written.
 
     Args:
-        model: hash of its files.
+        model: hash of its files; of a hub model its name, revision, commit, and a hash over those of its weights.
         ids: token ids `[rows, tokens]` of each batch of calibration text.
     """
     digest = hashlib.sha256()
