@@ -15,7 +15,7 @@ from qlib.errors import UserError
 from qlib.models.checkpoint import PICKLES, TOKENIZERS, read_json
 from qlib.models.load import HUB_FILES, HUB_ID, Source, Subject, locate
 from qlib.paths import shipped_model
-from qlib.stream.hub_client import Repository, look_up, sha256_of
+from qlib.stream.hub_client import Repository, explained, look_up, sha256_of
 from qlib.stream.manifest import NAME
 from qlib.stream.shards import Shards
 from qlib.stream.source import Stored, open_model
@@ -86,7 +86,8 @@ def _cached(model: str, revision: str) -> Path | None:
     """The folder of a model in the hub's cache, if all of it is there."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(model, "config.json", revision=revision)
+    with explained(model):
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
     if not isinstance(config, str):
         return None
     folder = Path(config).parent

@@ -9,7 +9,7 @@ from typing import Any, Iterator
 
 from qlib.errors import UserError
 
-__all__ = ["Blob", "Repository", "look_up", "sha256_of"]
+__all__ = ["Blob", "Repository", "explained", "look_up", "sha256_of"]
 
 #: What the operating system says where a file cannot be written.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
@@ -58,7 +58,7 @@ class Repository:
         """
         from huggingface_hub import hf_hub_download
 
-        with _explained(self.model, folder / name):
+        with explained(self.model, folder / name):
             file = Path(hf_hub_download(self.model, name, revision=self.commit, local_dir=folder, tqdm_class=bar))
             told, size, found = self.files[name], file.stat().st_size, self.files[name].hash_of(file)
         if (size, found) != (told.size, told.hash):
@@ -77,7 +77,7 @@ class Repository:
         from huggingface_hub.errors import SafetensorsParsingError
 
         try:
-            with _explained(self.model):
+            with explained(self.model):
                 told = HfApi().parse_safetensors_file_metadata(self.model, name, revision=self.commit)
         except (SafetensorsParsingError, KeyError, TypeError):
             size = self.files[name].size
@@ -97,7 +97,7 @@ def look_up(model: str, revision: str) -> Repository:
     """
     from huggingface_hub import HfApi
 
-    with _explained(model, revision=revision):
+    with explained(model, revision=revision):
         info = HfApi().model_info(model, revision=revision, files_metadata=True)
     files = {
         one.rfilename: Blob(one.lfs.size, one.lfs.sha256) if one.lfs else Blob(one.size, one.blob_id)
@@ -108,7 +108,7 @@ def look_up(model: str, revision: str) -> Repository:
 
 
 @contextmanager
-def _explained(model: str, file: Path | None = None, revision: str = "") -> Iterator[None]:
+def explained(model: str, file: Path | None = None, revision: str = "") -> Iterator[None]:
     """Say in one line what went wrong between us and the hub."""
     from huggingface_hub.errors import (
         GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError,

@@ -100,8 +100,9 @@ class Stored:
     def _bring(self, part: str, *others: str) -> None:
         """Wait for the files of tensors of the model, and of others by their names in the files."""
         if self.shards:
-            more = [self.entries[name].file for name in others]
-            self.shards.need((part, list(dict.fromkeys([*self._files(part), *more]))))
+            files = dict.fromkeys([*self._files(part), *(self.entries[name].file for name in others)])
+            if files:  # what was moved is here for good
+                self.shards.need((part, list(files)))
 
     def _mapped(self, name: str) -> torch.Tensor:
         entry = self.entries[name]
