@@ -13,6 +13,7 @@ from typing import Any
 
 from qlib.errors import UserError
 from qlib.models.checkpoint import PICKLES, TOKENIZERS, read_json
+from qlib.models.families import family_of
 from qlib.models.load import HUB_FILES, HUB_ID, Source, Subject, locate
 from qlib.paths import shipped_model
 from qlib.stream.hub_client import Repository, explained, look_up, sha256_of
@@ -42,11 +43,11 @@ def open_source(
         source = locate(model)
         if revision:
             raise UserError(f"revision: '{revision}' is not allowed, {source.folder} is a folder; allowed: with owner/name")
-        return *open_model(source), None
+        return *_open_here(source), None
     asked, commit = _pinned(model, revision or DEFAULT, output)
     if folder := _cached(model, commit or asked):
         print(f"{model}: commit {folder.name[:12]}, from the hub's cache", file=sys.stderr)
-        subject, stored = open_model(Source(model, folder, folder.name))
+        subject, stored = _open_here(Source(model, folder, folder.name))
         files = {os.path.relpath(file, folder): file for file in {entry.file for entry in stored.entries.values()}}
         return subject, stored, _told(model, asked, folder.name, {name: _link_hash(file) for name, file in files.items()})
     repository = look_up(model, commit or asked)
@@ -58,6 +59,12 @@ def open_source(
         "fetched one ahead, for every pass that reads them, and removed when read", file=sys.stderr,
     )  # fmt: skip
     return subject, stored, _told(model, asked, repository.commit, {name: repository.files[name].hash for name in names})
+
+
+def _open_here(source: Source) -> tuple[Subject, Stored]:
+    subject, stored = open_model(source)
+    stored.check_twin(f"{family_of(subject.config).embedding}.weight")  # of what must be fetched first, later
+    return subject, stored
 
 
 def _told(model: str, asked: str, commit: str, hashes: dict[str, str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Stored:
             be parts of one.
         original: whether they are those of an original Qwen, of which a tensor may hold several of ours.
         twin: name in the files of a head that must be the embedding once more, if there is one.
-        shards: what brings files that are not on this disk. beside: lives as long as this.
+        shards: what brings files that are not on this disk. beside: a folder that is removed when this is closed.
     """
 
     entries: dict[str, TensorEntry]
@@ -47,6 +47,7 @@ class Stored:
         """Fetch nothing more."""
         if self.shards:
             self.shards.close()
+            self.beside.cleanup()
 
     def move(self, name: str, file: Path) -> None:
         """Read a tensor of the model from the file that it was written to, from now on."""
@@ -54,7 +55,7 @@ class Stored:
         self.names = self.names | {name: name}
 
     def check_twin(self, name: str) -> None:
-        """Make sure that the head that is stored beside the embedding `name`, to which it is tied, is the same.
+        """Make sure, once, that the head that is stored beside the embedding `name`, to which it is tied, is the same.
 
         Raises:
             UserError: it is not.
@@ -65,6 +66,7 @@ class Stored:
             if not all(torch.equal(ours.bfloat16(), theirs.bfloat16()) for ours, theirs in pairs):
                 file = self.entries[self.twin].file
                 raise UserError(f"{file}: tensor '{self.twin}' differs from '{name}', to which config.json ties it")
+            self.twin = None
 
     def read(self, prefix: str) -> dict[str, torch.Tensor]:
         """Tensors in bf16 whose names begin with `prefix`; one tensor of the files is read at a time.
