@@ -112,7 +112,7 @@ def _link_hash(file: Path) -> str:
 
 def _open_remote(repository: Repository, shards: Path) -> tuple[Subject, Stored]:
     """Check the model from its small files and its headers, in a folder that looks like the checkpoint but has no data."""
-    beside = TemporaryDirectory(prefix="qlib-")  # the tokenizer may look there again; goes with the last who holds it
+    beside = TemporaryDirectory(prefix="qlib-")  # the tokenizer may look there again
     folder = Path(beside.name)
     top = [name for name in repository.files if "/" not in name]
     weights = [name for name in top if name.endswith(".safetensors")]

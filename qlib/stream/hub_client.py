@@ -77,7 +77,7 @@ class Repository:
         from huggingface_hub.errors import SafetensorsParsingError
 
         try:
-            with explained(self.model):
+            with explained(self.model, Path(name)):
                 told = HfApi().parse_safetensors_file_metadata(self.model, name, revision=self.commit)
         except (SafetensorsParsingError, KeyError, TypeError):
             size = self.files[name].size
