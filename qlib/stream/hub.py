@@ -25,6 +25,7 @@ __all__ = ["open_source"]
 
 INDEX = "model.safetensors.index.json"
 DEFAULT = "main"
+SMALL = (*HUB_FILES, "*.jinja")  # chat templates lie apart in newer models
 
 
 def open_source(
@@ -117,7 +118,7 @@ def _open_remote(repository: Repository, shards: Path) -> tuple[Subject, Stored]
     top = [name for name in repository.files if "/" not in name]
     weights = [name for name in top if name.endswith(".safetensors")]
     for name in top:
-        if name not in weights and any(fnmatch(name, pattern) for pattern in HUB_FILES):
+        if name not in weights and any(fnmatch(name, pattern) for pattern in SMALL):
             repository.fetch(name, folder)
         elif any(fnmatch(name, pattern) for pattern in PICKLES):
             (folder / name).touch()  # to be refused by name if there is nothing else

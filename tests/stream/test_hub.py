@@ -51,6 +51,8 @@ def in_order(folder, count=5, embedding=True):
 @pytest.mark.parametrize("kind, tied, mapped", [("qwen2", False, False), ("qwen3", True, True)])
 def test_it_becomes_what_the_folder_would_and_few_shards_are_on_disk(hub, served, tmp_path, kind, tied, mapped):
     folder, name, repository = served(kind, tied=tied)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    repository.push(folder)
     code, text = streamed(hub, name, tmp_path / "streamed", mapped=mapped)
     assert code == 0, text
     fetched = repository.fetched()
@@ -59,6 +61,7 @@ def test_it_becomes_what_the_folder_would_and_few_shards_are_on_disk(hub, served
     assert 2 <= repository.on_disk <= 3
     first = [kind for kind, file in repository.asked if file.endswith(".safetensors") and kind != "head"]
     assert first[: len(fetched)] == ["header"] * len(fetched) and "header" not in first[len(fetched) :]
+    assert (tmp_path / "streamed" / "chat_template.jinja").is_file()
     assert "shards, " in text and not (tmp_path / "streamed" / ".stream").exists()
     code, text = streamed(hub, folder, tmp_path / "local", mapped=mapped)
     assert code == 0, text
