@@ -18,6 +18,7 @@ from qlib.bench.subjects import random_windows, write_random_checkpoint
 from qlib.blockwise import compress_block
 from qlib.evaluate.memory import anonymous_bytes, track_peak
 from qlib.evaluate.timing import exclusive, median_interval
+from qlib.models.load import locate
 from qlib.models.save import checkpoint_tensors
 from qlib.models.shapes import find_shape
 from qlib.progress import progress
@@ -119,7 +120,7 @@ def _speed(model: Path, folder: Path) -> list[Row]:
 
 def pack_block(model: Path) -> float:
     """Seconds in which the weights of one block, in memory, become the tensors of a checkpoint."""
-    subject, stored = open_model(str(model))
+    subject, stored = open_model(locate(str(model)))
     blocks = BlocksOnDisk(subject.model, stored, model)
     with blocks.open(0) as block:
         begun = time.perf_counter()

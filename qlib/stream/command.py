@@ -16,6 +16,7 @@ def add_command(commands: Any, **style: Any) -> None:
     parser = commands.add_parser("stream", help=SUMMARY, description=SUMMARY, **style)
     parser.add_argument("file", metavar="FILE", type=_file, help="a strategy file, or its name")
     parser.add_argument("--model", type=_folder, help="a folder or a hub id (default: that of the strategy)")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id (default: main)")
     parser.add_argument("--output", metavar="FOLDER", type=_path, required=True, help="a new folder, or one to finish")
     parser.add_argument("-p", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="other parameters")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where blocks are compressed (default: cpu)")
@@ -53,6 +54,7 @@ def _stream(options: argparse.Namespace, root: Path) -> None:
     if options.device == "cuda" and not gpu():
         raise UserError("device: cuda is asked for, but there is no GPU that this build of torch can use")
     with track_peak() as peak:
-        done = stream(model, strategy.recipe, options.output, strategy.calibration, strategy.seed, options.mapped, options.device)
+        told = {"mapped": options.mapped, "device": options.device, "revision": options.revision}
+        done = stream(model, strategy.recipe, options.output, strategy.calibration, strategy.seed, **told)
     size, most = sum(shard["bytes"] for shard in done.shards) / 1e6, peak.bytes / 1e6
     print(f"{options.output}: {strategy.name} of {model}, {size:,.1f} MB; at most {most:,.0f} MB of memory")

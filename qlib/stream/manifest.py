@@ -22,11 +22,14 @@ FORMAT = 1
 PARTS = ("shards", "plan", "layers", "entry", "complete")
 
 
-def signature(model: str, steps: list[Step], ids: list[torch.Tensor], seed: int, device: str = "cpu") -> dict[str, Any]:
+def signature(
+    model: str | dict[str, Any], steps: list[Step], ids: list[torch.Tensor], seed: int, device: str = "cpu"
+) -> dict[str, Any]:
     """Everything that decides what is written.
 
     Args:
-        model: what `fingerprint` says of its files.
+        model: what `fingerprint` says of its files; of a hub model its name, revision, commit, and a hash over those of its
+            weights.
         ids: token ids `[rows, tokens]` of each batch of calibration text.
         device: what is computed on a GPU differs in its last bits.
     """

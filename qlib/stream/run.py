@@ -19,8 +19,9 @@ from qlib.stream.allocator import return_freed_memory
 from qlib.stream.blocks import BlocksOnDisk
 from qlib.stream.files import in_order, write_json, write_tensors
 from qlib.stream.fingerprint import fingerprint
+from qlib.stream.hub import open_source
 from qlib.stream.manifest import Manifest, signature
-from qlib.stream.source import Stored, open_model
+from qlib.stream.source import Stored
 from qlib.walk import Batch, Visit
 
 __all__ = ["stream"]
@@ -37,6 +38,7 @@ def stream(
     seed: int = 0,
     mapped: bool = False,
     device: str = "cpu",
+    revision: str | None = None,
 ) -> Manifest:
     """Compress the checkpoint `model` into the folder `output`, in the packed format of `qlib.save`, tensor for tensor.
 
@@ -47,6 +49,7 @@ def stream(
         model: as `qlib.load` takes it. recipe, calibration, seed: as `qlib.compress` takes them.
         mapped: leave what reaches a block on disk, in the output folder, and map it from there.
         device: "cpu" or "cuda": where a block is put while it is compressed; the next one is read meanwhile.
+        revision: branch, tag or commit of a hub model. Its shards are fetched one ahead, and removed when they were read.
 
     Raises:
         UserError: a recipe that needs the whole model; a broken checkpoint; a folder that cannot be written, or holds
@@ -55,12 +58,12 @@ def stream(
     return_freed_memory()
     steps = read_recipe(recipe)
     check_streams(steps)
-    subject, stored = open_model(model)
-    check_recipe(subject, steps)
-    ids = calibration_ids(subject, steps, calibration, seed)
-    signed = signature(fingerprint(subject.source.folder), steps, ids, seed, device)
     folder = Path(output)
     work = folder / WORK
+    subject, stored, told = open_source(model, revision, folder, work / "shards")
+    check_recipe(subject, steps)
+    ids = calibration_ids(subject, steps, calibration, seed)
+    signed = signature(told or fingerprint(subject.source.folder), steps, ids, seed, device)
     done = Manifest(folder, work, signed)  # refuses before anything is made
     try:
         if done.complete and not work.exists():
@@ -76,6 +79,8 @@ def stream(
         raise UserError(f"{folder}: is being written by another process") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); finished blocks are kept") from None
+    finally:
+        stored.close()
     return done
 
 
@@ -103,14 +108,22 @@ def _fill(folder: Path, subject: Subject, stored: Stored, steps: list[Step], con
     family, count = family_of(subject.config), len(blocks_of(subject.model))
     files = [folder / f"model-{part + 1:05d}-of-{count + 2:05d}.safetensors" for part in range(count + 2)]
     ends = [f"{part}.weight" for part in (family.embedding, family.norm, family.head)]
+    parts = [f"{family.blocks}.{index}." for index in range(count)]
+    if stored.shards and not done.path.is_file():
+        done.write()  # a later call goes on with this commit
     if not done.shards:
+        stored.expect([ends[0], parts[0]])
+        stored.check_twin(ends[0])
         _copy(ends[:1], stored, files[0], done)
+    stored.move(ends[0], files[0])
     if done.plan is None:
+        stored.expect(parts * sum(module.SCOPE == "plan" for module, _ in steps) + parts[:1])
         plan: dict[str, dict[str, Any]] = {}
         for module, options in steps:
             plan |= module.plan(subject, options, context) if module.SCOPE == "plan" else {}
         done.plan = plan
         done.write()
+    stored.expect([*parts[max(0, len(done.shards) - 1) :], *(name for name in ends[1:] if name in stored.names)])
     if len(done.shards) <= count:
         _compress(subject, [step for step in steps if step[0].SCOPE in WALKED], context, files[1:-1], done)
     if len(done.shards) <= count + 1:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qlib.errors import UserError
+from qlib.models.load import locate
 from qlib.stream.ahead import ReadAhead, to_device
 from qlib.stream.run import stream
 from qlib.stream.source import open_model
@@ -23,7 +24,7 @@ class Meta(ReadAhead):
 
 
 def test_a_thread_reads_the_block_that_comes_next(model_folder, monkeypatch):
-    _, stored = open_model(str(model_folder(shard="60KB")))
+    _, stored = open_model(locate(str(model_folder(shard="60KB"))))
     plain, readers = stored.read, []
 
     def read(prefix):
@@ -44,7 +45,7 @@ def test_a_thread_reads_the_block_that_comes_next(model_folder, monkeypatch):
 
 
 def test_what_is_wrong_with_the_next_block_is_said_when_it_is_asked_for(model_folder):
-    _, stored = open_model(str(model_folder(shard="60KB")))
+    _, stored = open_model(locate(str(model_folder(shard="60KB"))))
     ahead = Meta(stored)
     for file in {entry.file for name, entry in stored.entries.items() if ".layers.1." in name}:
         file.write_bytes(file.read_bytes()[:-4])
@@ -54,7 +55,7 @@ def test_what_is_wrong_with_the_next_block_is_said_when_it_is_asked_for(model_fo
 
 
 def test_the_system_is_told_which_bytes_come_next(model_folder, monkeypatch):
-    _, stored = open_model(str(model_folder(shard="60KB")))
+    _, stored = open_model(locate(str(model_folder(shard="60KB"))))
     told = []
     monkeypatch.setattr("os.posix_fadvise", lambda file, begin, size, advice: told.append((begin, size)))
     ReadAhead(stored, torch.device("cpu")).read(BLOCK.format(0), BLOCK.format(1))
