@@ -16,7 +16,7 @@ TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "qwen.tiktoken"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: its file, and its shape, dtype and bytes `[begin, end)` as the file's header tells them."""
+    """Where a tensor lies: its file, and its shape, dtype and bytes `[begin, end)` behind the header, as that tells them."""
 
     file: Path
     shape: tuple[int, ...]
@@ -115,11 +115,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     if size < needed:
         last = max(header, key=lambda name: header[name]["data_offsets"][1])
         raise UserError(f"{file}: is truncated ({size} of {needed} bytes; tensor '{last}' is cut off)")
-    begin = 8 + length
-    return {
-        name: TensorEntry(file, tuple(e["shape"]), e["dtype"], tuple(begin + at for at in e["data_offsets"]))
-        for name, e in header.items()
-    }
+    return {name: TensorEntry(file, tuple(e["shape"]), e["dtype"], tuple(e["data_offsets"])) for name, e in header.items()}
 
 
 def check_entries(entries: dict[str, TensorEntry], expected: dict[str, tuple[int, ...]], folder: Path) -> None:

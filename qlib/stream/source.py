@@ -91,7 +91,8 @@ class Stored:
             entry = self.entries[name]
             if entry.file.is_file():
                 with entry.file.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), entry.bytes[0], entry.bytes[1] - entry.bytes[0], os.POSIX_FADV_WILLNEED)
+                    data, (begin, end) = 8 + int.from_bytes(file.read(8), "little"), entry.bytes
+                    os.posix_fadvise(file.fileno(), data + begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def mapped(self, name: str) -> torch.Tensor:
         """A tensor of the model that is whole in the files, in their type, without taking memory."""
