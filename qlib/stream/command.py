@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlib.errors import UserError, nearest
+from qlib.export.command import FORMATS
 
 __all__ = ["add_command"]
 
@@ -18,6 +19,7 @@ def add_command(commands: Any, **style: Any) -> None:
     parser.add_argument("--model", type=_folder, help="a folder or a hub id (default: that of the strategy)")
     parser.add_argument("--output", metavar="FOLDER", type=_path, required=True, help="a new folder, or one to finish")
     parser.add_argument("-p", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="other parameters")
+    parser.add_argument("--format", choices=FORMATS, default="packed", help="as of `qlib export` (default: packed, qlib's own)")
     parser.add_argument("--mapped", action="store_true", help="leave activations on disk, in FOLDER")
     parser.add_argument("--runs", metavar="DIR", type=_path, help=argparse.SUPPRESS)
     parser.set_defaults(action=_stream)
@@ -49,6 +51,7 @@ def _stream(options: argparse.Namespace, root: Path) -> None:
     strategy = override(load_strategy(file, root), parse_assignments(options.changes))
     model = options.model or strategy.model
     with track_peak() as peak:
-        done = stream(model, strategy.recipe, options.output, strategy.calibration, strategy.seed, options.mapped)
+        told = (strategy.calibration, strategy.seed, options.mapped, options.format)
+        done = stream(model, strategy.recipe, options.output, *told)
     size, most = sum(shard["bytes"] for shard in done.shards) / 1e6, peak.bytes / 1e6
     print(f"{options.output}: {strategy.name} of {model}, {size:,.1f} MB; at most {most:,.0f} MB of memory")

@@ -18,22 +18,24 @@ from qlib.stream.files import write_json
 __all__ = ["NAME", "Manifest", "signature"]
 
 NAME = "stream.json"
-FORMAT = 1
+VERSION = 2  # of this file
 PARTS = ("shards", "plan", "layers", "entry", "complete")
 
 
-def signature(model: str, steps: list[Step], ids: list[torch.Tensor], seed: int) -> dict[str, Any]:
+def signature(model: str, steps: list[Step], ids: list[torch.Tensor], seed: int, format: str) -> dict[str, Any]:
     """Everything that decides what is written.
 
     Args:
         model: hash of its files.
         ids: token ids `[rows, tokens]` of each batch of calibration text.
+        format: of what is written.
     """
     digest = hashlib.sha256()
     for batch in ids:
         digest.update(f"{list(batch.shape)}".encode() + batch.to(torch.int64).contiguous().numpy().tobytes())
     return {
-        "format": FORMAT,
+        "manifest": VERSION,
+        "format": format,
         "model": model,
         "recipe": [{"pass": pass_name(module)} | asdict(options) for module, options in steps],
         "calibration": digest.hexdigest() if ids else None,
@@ -47,7 +49,7 @@ class Manifest:
 
     Attributes:
         shards: file and bytes of each finished part. layers: figures of each linear.
-        entry: ``quantization_config`` of config.json, of the finished blocks.
+        entry: ``quantization_config`` of config.json; in the packed format that of the finished blocks.
         plan: what plan passes chose, None before they have. complete: whether the folder is a checkpoint.
 
     Raises:

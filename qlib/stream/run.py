@@ -10,7 +10,7 @@ from qlib.errors import UserError
 from qlib.models.checkpoint import read_header
 from qlib.models.families import blocks_of, family_of
 from qlib.models.load import Subject
-from qlib.models.save import checkpoint_tensors, write_rest
+from qlib.models.save import write_rest
 from qlib.progress import progress
 from qlib.recipe import Context, pass_name, read_recipe
 from qlib.refuse import check_recipe
@@ -19,6 +19,7 @@ from qlib.runs.subject_hash import model_hash
 from qlib.stream.allocator import return_freed_memory
 from qlib.stream.blocks import BlocksOnDisk
 from qlib.stream.files import in_order, write_json, write_tensors
+from qlib.stream.formats import block_tensors, check_format, config_file, entry_of
 from qlib.stream.manifest import Manifest, signature
 from qlib.stream.source import Stored, open_model
 from qlib.walk import Batch, Visit
@@ -36,8 +37,9 @@ def stream(
     calibration: Any = None,
     seed: int = 0,
     mapped: bool = False,
+    format: str = "packed",
 ) -> Manifest:
-    """Compress the checkpoint `model` into the folder `output`, in the packed format of `qlib.save`, tensor for tensor.
+    """Compress the checkpoint `model` into the folder `output`, in a format of `qlib.save`, tensor for tensor.
 
     In memory are one block and what compressing it takes, and what reaches it of the calibration text. A killed call
     goes on after the last finished block when it is repeated, to the same files; only a plan pass begins anew.
@@ -45,18 +47,20 @@ def stream(
     Args:
         model: as `qlib.load` takes it. recipe, calibration, seed: as `qlib.compress` takes them.
         mapped: leave what reaches a block on disk, in the output folder, and map it from there.
+        format: as `qlib.save` takes it.
 
     Raises:
-        UserError: a recipe that needs the whole model; a broken checkpoint; a folder that cannot be written, or holds
-            what other parameters began.
+        UserError: a recipe that needs the whole model, or whose result the format cannot hold; a broken checkpoint; a
+            folder that cannot be written, or holds what other parameters began.
     """
     return_freed_memory()
     steps = read_recipe(recipe)
     check_streams(steps)
     subject, stored = open_model(model)
     check_recipe(subject, steps)
+    check_format(subject, steps, format, seed)
     ids = calibration_ids(subject, steps, calibration, seed)
-    signed = signature(model_hash(model, Path.cwd()), steps, ids, seed)
+    signed = signature(model_hash(model, Path.cwd()), steps, ids, seed, format)
     folder = Path(output)
     work = folder / WORK
     done = Manifest(folder, work, signed)  # refuses before anything is made
@@ -107,13 +111,15 @@ def _fill(folder: Path, subject: Subject, stored: Stored, steps: list[Step], con
         plan: dict[str, dict[str, Any]] = {}
         for module, options in steps:
             plan |= module.plan(subject, options, context) if module.SCOPE == "plan" else {}
-        done.plan = plan
+        done.plan, done.entry = plan, entry_of(subject, steps, plan, done.signature["format"])
         done.write()
     if len(done.shards) <= count:
         _compress(subject, [step for step in steps if step[0].SCOPE in WALKED], context, files[1:-1], done)
     if len(done.shards) <= count + 1:
         _copy([name for name in ends[1:] if name in stored.names], stored, files[-1], done)
     _write_index(files, done)
+    if done.entry and (name := config_file(done.signature["format"])):
+        write_json(folder / name, done.entry, done.work, indent=2)
     write_rest(subject, folder, done.entry)
     done.complete = True
     done.write()
@@ -149,7 +155,7 @@ def _compress_one(
         visit = Visit(index, path, block, inputs, [hidden for hidden, _ in ahead] if exact else None)
         layers = compress_block(visit, steps, later_grid(steps, steps), done.plan, subject.config, context.seed)
         behind = blocks.run(block, inputs, f"inputs-{index + 1}") if inputs and more else []
-        tensors, entry = checkpoint_tensors(subject.model)
+        tensors, entry = block_tensors(subject.model, index, done.signature["format"])
         tensors = in_order(tensors)
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         size = write_tensors(files[index], done.work, layout, tensors.values())

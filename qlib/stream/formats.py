@@ -1,0 +1,115 @@
+"""The formats that a stream writes: what each holds of a block, and what it cannot say, known before any block is solved."""
+
+from dataclasses import replace
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from qlib.blockwise import Step, reads
+from qlib.errors import UserError
+from qlib.layers import PackedLinear
+from qlib.models.families import blocks_of, family_of, linears_of
+from qlib.models.load import Subject
+from qlib.models.save import FORMATS, checkpoint_tensors
+from qlib.quantize.formats import Grid
+from qlib.recipe import Context
+
+__all__ = ["check_format", "entry_of", "grids_of", "block_tensors", "config_file"]
+
+
+class Sketch(NamedTuple):
+    """What is known of a packed linear before there is one."""
+
+    grid: Grid
+    in_features: int
+    out_features: int
+
+
+def check_format(subject: Subject, steps: list[Step], format: str, seed: int) -> None:
+    """Refuse what the format cannot say of the model that the recipe will leave.
+
+    Plans that read text choose no grid, and take long: none is made here.
+
+    Raises:
+        UserError: an unknown format, or the reason.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format: '{format}' is unknown; allowed: {', '.join(FORMATS)}")
+    if format == "gguf":
+        raise UserError(
+            "format: gguf is one file with all types in front; stream packed, then `qlib export FOLDER --format gguf`, "
+            "which loads the whole packed model"
+        )
+    plan: dict[str, dict[str, Any]] = {}
+    for module, options in steps:
+        if module.SCOPE == "plan" and not reads(module, options):
+            plan |= module.plan(subject, options, Context([], seed))
+    entry_of(subject, steps, plan, format)
+
+
+def entry_of(subject: Subject, steps: list[Step], plan: dict[str, dict[str, Any]], format: str) -> dict[str, Any]:
+    """``quantization_config`` of config.json for the whole model; empty where blocks add to it, or none is needed.
+
+    Args:
+        plan: options by the linear's path, as plan passes chose them.
+
+    Raises:
+        UserError: the format cannot say what the recipe will leave; it says which linear and why.
+    """
+    if format in ("packed", "dense"):
+        return {}
+    grids, linears = grids_of(subject, steps, plan), {}
+    if not grids:
+        raise UserError(f"{format}: no pass of the recipe puts weights on a grid, so there are no codes; allowed: packed, dense")
+    for name, module in subject.model.named_modules():  # in this order they are named, as when the whole model is saved
+        if isinstance(module, nn.Linear):
+            linears[name] = module
+    held = {name: Sketch(grids[name], one.in_features, one.out_features) for name, one in linears.items() if name in grids}
+    return import_module(f"qlib.export.{format}").quantization_config(held, [name for name in linears if name not in held])
+
+
+def grids_of(subject: Subject, steps: list[Step], plan: dict[str, dict[str, Any]]) -> dict[str, Grid]:
+    """The grid that every linear of the blocks will be on, by its path; empty if the recipe puts them on none."""
+    rounding = next((options for _, options in steps if hasattr(options, "grid")), None)
+    if rounding is None:
+        return {}
+    where = family_of(subject.config).blocks
+    paths = (f"{where}.{i}.{name}" for i, one in enumerate(blocks_of(subject.model)) for name in linears_of(subject.model, one))
+    known = rounding.__dataclass_fields__
+    chosen = {path: {key: value for key, value in plan.get(path, {}).items() if key in known} for path in paths}
+    return {path: replace(rounding, **own).grid for path, own in chosen.items()}
+
+
+def block_tensors(model: nn.Module, index: int, format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a checkpoint holds of a block, by name, and what that adds to ``quantization_config``.
+
+    All other blocks of `model` lie on the meta device.
+
+    Raises:
+        UserError: a weight that the format cannot hold.
+    """
+    if format == "packed":
+        return checkpoint_tensors(model)
+    path, block = f"{family_of(model.config).blocks}.{index}", blocks_of(model)[index]
+    tensors = {f"{path}.{name}": parameter.detach() for name, parameter in block.named_parameters()}
+    for name, layer in block.named_modules():
+        if isinstance(layer, PackedLinear):
+            tensors |= {f"{path}.{name}.{key}": value for key, value in _layer_tensors(layer, f"{path}.{name}", format).items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, {}
+
+
+def _layer_tensors(layer: PackedLinear, path: str, format: str) -> dict[str, torch.Tensor]:
+    """What stands in the place of a linear's weight."""
+    if format == "dense":
+        return {"weight": layer.effective_weight().bfloat16()}
+    try:
+        return import_module(f"qlib.export.{format}").layer_tensors(layer.compressed())
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def config_file(format: str) -> str | None:
+    """Name of the file that repeats ``quantization_config``, for programs that look nowhere else."""
+    return None if format == "dense" else getattr(import_module(f"qlib.export.{format}"), "CONFIG_FILE", None)
