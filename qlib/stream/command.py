@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlib.errors import UserError, nearest
-from qlib.export.command import FORMATS
+from qlib.export.command import FORMATS, say_whether_vllm_loads
 
 __all__ = ["add_command"]
 
@@ -55,3 +55,5 @@ def _stream(options: argparse.Namespace, root: Path) -> None:
         done = stream(model, strategy.recipe, options.output, *told)
     size, most = sum(shard["bytes"] for shard in done.shards) / 1e6, peak.bytes / 1e6
     print(f"{options.output}: {strategy.name} of {model}, {size:,.1f} MB; at most {most:,.0f} MB of memory")
+    if options.format in ("gptq", "compressed_tensors"):
+        say_whether_vllm_loads(options.output)

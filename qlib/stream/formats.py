@@ -13,10 +13,15 @@ from qlib.layers import PackedLinear
 from qlib.models.families import blocks_of, family_of, linears_of
 from qlib.models.load import Subject
 from qlib.models.save import FORMATS, checkpoint_tensors
+from qlib.progress import progress
 from qlib.quantize.formats import Grid
+from qlib.quantize.grid import fit_grid
 from qlib.recipe import Context
+from qlib.stream.source import Stored
 
-__all__ = ["check_format", "entry_of", "grids_of", "block_tensors", "config_file"]
+__all__ = ["check_format", "entry_of", "grids_of", "check_scales", "block_tensors", "config_file"]
+
+HALF = ("gptq",)  # formats whose scales are fp16
 
 
 class Sketch(NamedTuple):
@@ -30,8 +35,6 @@ class Sketch(NamedTuple):
 def check_format(subject: Subject, steps: list[Step], format: str, seed: int) -> None:
     """Refuse what the format cannot say of the model that the recipe will leave.
 
-    Plans that read text choose no grid, and take long: none is made here.
-
     Raises:
         UserError: an unknown format, or the reason.
     """
@@ -42,11 +45,16 @@ def check_format(subject: Subject, steps: list[Step], format: str, seed: int) ->
             "format: gguf is one file with all types in front; stream packed, then `qlib export FOLDER --format gguf`, "
             "which loads the whole packed model"
         )
+    entry_of(subject, steps, _early_plan(subject, steps, seed), format)
+
+
+def _early_plan(subject: Subject, steps: list[Step], seed: int) -> dict[str, dict[str, Any]]:
+    """What plan passes choose that look at shapes alone. Those that read text choose no grid, and take long."""
     plan: dict[str, dict[str, Any]] = {}
     for module, options in steps:
         if module.SCOPE == "plan" and not reads(module, options):
             plan |= module.plan(subject, options, Context([], seed))
-    entry_of(subject, steps, plan, format)
+    return plan
 
 
 def entry_of(subject: Subject, steps: list[Step], plan: dict[str, dict[str, Any]], format: str) -> dict[str, Any]:
@@ -82,6 +90,28 @@ def grids_of(subject: Subject, steps: list[Step], plan: dict[str, dict[str, Any]
     return {path: replace(rounding, **own).grid for path, own in chosen.items()}
 
 
+def check_scales(subject: Subject, stored: Stored, steps: list[Step], format: str, seed: int) -> None:
+    """Refuse weights that take scales which the format cannot hold: one look at all of them, minutes instead of hours.
+
+    The scales are those of the weights as they are. Passes that move weights, or cut ranges, may still end at others.
+
+    Raises:
+        UserError: names file, tensor and scale; or a tensor that cannot be read.
+    """
+    if format not in HALF:
+        return
+    grids = list(grids_of(subject, steps, _early_plan(subject, steps, seed)).items())
+    for index in progress(0, len(grids), "looking at scales"):
+        path, grid = grids[index]
+        name = f"{path}.weight"
+        scales = fit_grid(stored.read(name)[name], grid).scales.float()
+        if len(wrong := scales[scales.half().float() != scales]):
+            raise UserError(
+                f"{stored.entries[stored.names[name]].file}: tensor '{name}' needs a scale of {wrong[0].item():.3g}, which "
+                f"fp16, the type of scales in {format}, cannot hold; use format compressed_tensors"
+            )
+
+
 def block_tensors(model: nn.Module, index: int, format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What a checkpoint holds of a block, by name, and what that adds to ``quantization_config``.
 
@@ -107,7 +137,7 @@ def _layer_tensors(layer: PackedLinear, path: str, format: str) -> dict[str, tor
     try:
         return import_module(f"qlib.export.{format}").layer_tensors(layer.compressed())
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}; begin anew with format compressed_tensors") from None
 
 
 def config_file(format: str) -> str | None:

@@ -19,7 +19,7 @@ from qlib.runs.subject_hash import model_hash
 from qlib.stream.allocator import return_freed_memory
 from qlib.stream.blocks import BlocksOnDisk
 from qlib.stream.files import in_order, write_json, write_tensors
-from qlib.stream.formats import block_tensors, check_format, config_file, entry_of
+from qlib.stream.formats import block_tensors, check_format, check_scales, config_file, entry_of
 from qlib.stream.manifest import Manifest, signature
 from qlib.stream.source import Stored, open_model
 from qlib.walk import Batch, Visit
@@ -67,6 +67,8 @@ def stream(
     try:
         if done.complete and not work.exists():
             return done
+        if done.plan is None:
+            check_scales(subject, stored, steps, format, seed)
         work.mkdir(parents=True, exist_ok=True)
         with hold(work):
             done = Manifest(folder, work, signed)  # as the process that held it before has left it
