@@ -1,7 +1,10 @@
 """The formats that a stream writes: what each holds of a block, and what it cannot say, known before any block is solved."""
 
+import os
+import re
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,14 +15,15 @@ from qlib.errors import UserError
 from qlib.layers import PackedLinear
 from qlib.models.families import blocks_of, family_of, linears_of
 from qlib.models.load import Subject
-from qlib.models.save import FORMATS, checkpoint_tensors
+from qlib.models.save import FORMATS, checkpoint_tensors, write_rest
 from qlib.progress import progress
 from qlib.quantize.formats import Grid
 from qlib.quantize.grid import fit_grid
 from qlib.recipe import Context
+from qlib.stream.files import write_json
 from qlib.stream.source import Stored
 
-__all__ = ["check_format", "entry_of", "grids_of", "check_scales", "block_tensors", "config_file"]
+__all__ = ["check_format", "entry_of", "grids_of", "check_scales", "block_tensors", "write_beside"]
 
 HALF = ("gptq",)  # formats whose scales are fp16
 
@@ -140,6 +144,17 @@ def _layer_tensors(layer: PackedLinear, path: str, format: str) -> dict[str, tor
         raise UserError(f"{path}: {error}; begin anew with format compressed_tensors") from None
 
 
-def config_file(format: str) -> str | None:
-    """Name of the file that repeats ``quantization_config``, for programs that look nowhere else."""
-    return None if format == "dense" else getattr(import_module(f"qlib.export.{format}"), "CONFIG_FILE", None)
+def write_beside(subject: Subject, folder: Path, entry: dict[str, Any], format: str, work: Path) -> None:
+    """Write what lies beside the weights; config.json, without which nothing loads, last.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if entry and (name := getattr(import_module(f"qlib.export.{format}"), "CONFIG_FILE", None)):
+        write_json(folder / name, entry, work, indent=2)
+    try:
+        write_rest(subject, folder, entry)
+    except Exception as error:  # of no other type is what tokenizers raises where it cannot write
+        if (code := re.search(r"\(os error (\d+)\)$", str(error))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None

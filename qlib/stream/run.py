@@ -10,7 +10,6 @@ from qlib.errors import UserError
 from qlib.models.checkpoint import read_header
 from qlib.models.families import blocks_of, family_of
 from qlib.models.load import Subject
-from qlib.models.save import write_rest
 from qlib.progress import progress
 from qlib.recipe import Context, pass_name, read_recipe
 from qlib.refuse import check_recipe
@@ -19,7 +18,7 @@ from qlib.runs.subject_hash import model_hash
 from qlib.stream.allocator import return_freed_memory
 from qlib.stream.blocks import BlocksOnDisk
 from qlib.stream.files import in_order, write_json, write_tensors
-from qlib.stream.formats import block_tensors, check_format, check_scales, config_file, entry_of
+from qlib.stream.formats import block_tensors, check_format, check_scales, entry_of, write_beside
 from qlib.stream.manifest import Manifest, signature
 from qlib.stream.source import Stored, open_model
 from qlib.walk import Batch, Visit
@@ -120,9 +119,7 @@ def _fill(folder: Path, subject: Subject, stored: Stored, steps: list[Step], con
     if len(done.shards) <= count + 1:
         _copy([name for name in ends[1:] if name in stored.names], stored, files[-1], done)
     _write_index(files, done)
-    if done.entry and (name := config_file(done.signature["format"])):
-        write_json(folder / name, done.entry, done.work, indent=2)
-    write_rest(subject, folder, done.entry)
+    write_beside(subject, folder, done.entry, done.signature["format"], done.work)
     done.complete = True
     done.write()
 
