@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Iterable, NamedTuple
 
 import torch
 from torch import nn
@@ -20,12 +20,12 @@ from qlib.progress import progress
 from qlib.quantize.formats import Grid
 from qlib.quantize.grid import fit_grid
 from qlib.recipe import Context
-from qlib.stream.files import write_json
+from qlib.stream.files import Layout, in_order, write_json
 from qlib.stream.source import Stored
 
-__all__ = ["check_format", "entry_of", "grids_of", "check_scales", "block_tensors", "write_beside"]
+__all__ = ["check_format", "entry_of", "grids_of", "check_scales", "block_tensors", "end_tensors", "write_beside"]
 
-HALF = ("gptq",)  # formats whose scales are fp16
+HALF = ("gptq", "gguf")  # formats whose scales of integers are fp16
 
 
 class Sketch(NamedTuple):
@@ -44,11 +44,6 @@ def check_format(subject: Subject, steps: list[Step], format: str, seed: int) ->
     """
     if format not in FORMATS:
         raise UserError(f"format: '{format}' is unknown; allowed: {', '.join(FORMATS)}")
-    if format == "gguf":
-        raise UserError(
-            "format: gguf is one file with all types in front; stream packed, then `qlib export FOLDER --format gguf`, "
-            "which loads the whole packed model"
-        )
     entry_of(subject, steps, _early_plan(subject, steps, seed), format)
 
 
@@ -62,7 +57,7 @@ def _early_plan(subject: Subject, steps: list[Step], seed: int) -> dict[str, dic
 
 
 def entry_of(subject: Subject, steps: list[Step], plan: dict[str, dict[str, Any]], format: str) -> dict[str, Any]:
-    """``quantization_config`` of config.json for the whole model; empty where blocks add to it, or none is needed.
+    """``quantization_config`` of config.json for the whole model; empty where blocks make an entry, or none is needed.
 
     Args:
         plan: options by the linear's path, as plan passes chose them.
@@ -73,6 +68,11 @@ def entry_of(subject: Subject, steps: list[Step], plan: dict[str, dict[str, Any]
     if format in ("packed", "dense"):
         return {}
     grids, linears = grids_of(subject, steps, plan), {}
+    if format == "gguf":
+        from qlib.stream import gguf
+
+        gguf.check(subject, grids)
+        return {}
     if not grids:
         raise UserError(f"{format}: no pass of the recipe puts weights on a grid, so there are no codes; allowed: packed, dense")
     for name, module in subject.model.named_modules():  # in this order they are named, as when the whole model is saved
@@ -104,7 +104,8 @@ def check_scales(subject: Subject, stored: Stored, steps: list[Step], format: st
     """
     if format not in HALF:
         return
-    grids = list(grids_of(subject, steps, _early_plan(subject, steps, seed)).items())
+    plan = _early_plan(subject, steps, seed)
+    grids = [(path, grid) for path, grid in grids_of(subject, steps, plan).items() if grid.element == "int"]
     for index in progress(0, len(grids), "looking at scales"):
         path, grid = grids[index]
         name = f"{path}.weight"
@@ -116,22 +117,37 @@ def check_scales(subject: Subject, stored: Stored, steps: list[Step], format: st
             )
 
 
-def block_tensors(model: nn.Module, index: int, format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What a checkpoint holds of a block, by name, and what that adds to ``quantization_config``.
+def block_tensors(subject: Subject, index: int, format: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a checkpoint holds of a block, by name, and what that adds to the manifest's entry.
 
-    All other blocks of `model` lie on the meta device.
+    All other blocks lie on the meta device.
 
     Raises:
         UserError: a weight that the format cannot hold.
     """
     if format == "packed":
-        return checkpoint_tensors(model)
-    path, block = f"{family_of(model.config).blocks}.{index}", blocks_of(model)[index]
+        tensors, entry = checkpoint_tensors(subject.model)
+        return in_order(tensors), entry
+    if format == "gguf":
+        from qlib.stream import gguf
+
+        return gguf.block_tensors(subject, index)
+    path, block = f"{family_of(subject.config).blocks}.{index}", blocks_of(subject.model)[index]
     tensors = {f"{path}.{name}": parameter.detach() for name, parameter in block.named_parameters()}
     for name, layer in block.named_modules():
         if isinstance(layer, PackedLinear):
             tensors |= {f"{path}.{name}.{key}": value for key, value in _layer_tensors(layer, f"{path}.{name}", format).items()}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, {}
+    return in_order(tensors), {}
+
+
+def end_tensors(names: list[str], stored: Stored, config: Any, format: str) -> tuple[Layout, Iterable[torch.Tensor], dict[str, Any]]:
+    """Layout, contents piece by piece, and entry, of embedding, norm or head."""
+    if format == "gguf":
+        from qlib.stream import gguf
+
+        return gguf.end_tensors(names, stored, config)
+    layout = {name: stored.layout(name) for name in sorted(names)}
+    return layout, (piece for name in layout for piece in stored.pieces(name)), {}
 
 
 def _layer_tensors(layer: PackedLinear, path: str, format: str) -> dict[str, torch.Tensor]:

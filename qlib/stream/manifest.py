@@ -49,7 +49,7 @@ class Manifest:
 
     Attributes:
         shards: file and bytes of each finished part. layers: figures of each linear.
-        entry: ``quantization_config`` of config.json; in the packed format that of the finished blocks.
+        entry: ``quantization_config`` of config.json, in the packed format that of the finished blocks; types of a GGUF file.
         plan: what plan passes chose, None before they have. complete: whether the folder is a checkpoint.
 
     Raises:
@@ -93,11 +93,15 @@ class Manifest:
             size: bytes of the file, and of the tensors in it.
             entry: what its block adds to ``quantization_config``. layers: figures of its linears.
         """
-        self.shards.append({"file": file.name, "bytes": size[0], "data": size[1]})
+        self.shards.append({"file": str(file.relative_to(self.path.parent)), "bytes": size[0], "data": size[1]})
         self.layers += layers
         for name, value in (entry or {}).items():
             self.entry[name] = self.entry.get(name, {}) | value if isinstance(value, dict) else value
         self.write()
+
+    def only(self, file: Path, size: int) -> None:
+        """Say that one file of `size` bytes has taken the place of all parts; to be written together with `complete`."""
+        self.shards, self.entry = [{"file": file.name, "bytes": size, "data": size}], {}
 
     def write(self) -> None:
         """Write the file."""

@@ -17,8 +17,8 @@ from qlib.runs.state import Busy, hold
 from qlib.runs.subject_hash import model_hash
 from qlib.stream.allocator import return_freed_memory
 from qlib.stream.blocks import BlocksOnDisk
-from qlib.stream.files import in_order, write_json, write_tensors
-from qlib.stream.formats import block_tensors, check_format, check_scales, entry_of, write_beside
+from qlib.stream.files import write_json, write_tensors
+from qlib.stream.formats import block_tensors, check_format, check_scales, end_tensors, entry_of, write_beside
 from qlib.stream.manifest import Manifest, signature
 from qlib.stream.source import Stored, open_model
 from qlib.walk import Batch, Visit
@@ -103,31 +103,37 @@ def check_streams(steps: list[Step]) -> None:
 
 def _fill(folder: Path, subject: Subject, stored: Stored, steps: list[Step], context: Context, done: Manifest) -> None:
     """Write all parts that are not there yet: the embedding, the blocks, norm and head, and what lies beside weights."""
-    family, count = family_of(subject.config), len(blocks_of(subject.model))
-    files = [folder / f"model-{part + 1:05d}-of-{count + 2:05d}.safetensors" for part in range(count + 2)]
+    family, count, format = family_of(subject.config), len(blocks_of(subject.model)), done.signature["format"]
+    place = done.work if format == "gguf" else folder
+    files = [place / f"model-{part + 1:05d}-of-{count + 2:05d}.safetensors" for part in range(count + 2)]
     ends = [f"{part}.weight" for part in (family.embedding, family.norm, family.head)]
     if not done.shards:
-        _copy(ends[:1], stored, files[0], done)
+        _copy(ends[:1], subject, stored, files[0], done)
     if done.plan is None:
         plan: dict[str, dict[str, Any]] = {}
         for module, options in steps:
             plan |= module.plan(subject, options, context) if module.SCOPE == "plan" else {}
-        done.plan, done.entry = plan, entry_of(subject, steps, plan, done.signature["format"])
+        done.plan, done.entry = plan, done.entry | entry_of(subject, steps, plan, format)
         done.write()
     if len(done.shards) <= count:
         _compress(subject, [step for step in steps if step[0].SCOPE in WALKED], context, files[1:-1], done)
     if len(done.shards) <= count + 1:
-        _copy([name for name in ends[1:] if name in stored.names], stored, files[-1], done)
-    _write_index(files, done)
-    write_beside(subject, folder, done.entry, done.signature["format"], done.work)
+        _copy([name for name in ends[1:] if name in stored.names], subject, stored, files[-1], done)
+    if format == "gguf":
+        from qlib.stream import gguf
+
+        done.only(folder / gguf.FILE, gguf.write_file(subject, done.entry["types"], files, folder, done.work))
+    else:
+        _write_index(files, done)
+        write_beside(subject, folder, done.entry, format, done.work)
     done.complete = True
     done.write()
 
 
-def _copy(names: list[str], stored: Stored, file: Path, done: Manifest) -> None:
-    """Write tensors as they are, in bf16, into one file, a piece at a time."""
-    layout = {name: stored.layout(name) for name in sorted(names)}
-    done.add(file, write_tensors(file, done.work, layout, (piece for name in layout for piece in stored.pieces(name))))
+def _copy(names: list[str], subject: Subject, stored: Stored, file: Path, done: Manifest) -> None:
+    """Write tensors as they are into one file, a piece at a time."""
+    layout, pieces, entry = end_tensors(names, stored, subject.config, done.signature["format"])
+    done.add(file, write_tensors(file, done.work, layout, pieces), entry)
 
 
 def _compress(subject: Subject, steps: list[Step], context: Context, files: list[Path], done: Manifest) -> None:
@@ -154,8 +160,7 @@ def _compress_one(
         visit = Visit(index, path, block, inputs, [hidden for hidden, _ in ahead] if exact else None)
         layers = compress_block(visit, steps, later_grid(steps, steps), done.plan, subject.config, context.seed)
         behind = blocks.run(block, inputs, f"inputs-{index + 1}") if inputs and more else []
-        tensors, entry = block_tensors(subject.model, index, done.signature["format"])
-        tensors = in_order(tensors)
+        tensors, entry = block_tensors(subject, index, done.signature["format"])
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         size = write_tensors(files[index], done.work, layout, tensors.values())
     done.add(files[index], size, entry, layers.values())

@@ -33,6 +33,8 @@ RECIPES = {
     "wanda-rtn": [{"pass": "wanda", "sparsity": 0.7}, RTN],
     "joint": [{"pass": "joint", "sparsity": 0.5, "bits": 4, "group_size": 32}],
     "outliers": [{"pass": "allocate_sparsity", "spread": 0.1, "far": 3.0}, SPARSEGPT],
+    "mxfp4": [{"pass": "rtn", "element": "mxfp4", "bits": 4}],
+    "hqq-real": [{"pass": "hqq", "bits": 4, "group_size": 32}],
     "hqq": [{"pass": "hqq", "bits": 4, "group_size": 32, "round_zeros": True}],
     "w8a8": [{"pass": "smooth"}, {"pass": "rtn", "bits": 8, "group_size": None, "symmetric": True, "activations": "int8"}],
     "fp8-tensor": [{"pass": "rtn", "element": "fp8", "bits": 8, "group_size": "tensor"}],
@@ -77,6 +79,24 @@ def test_in_every_format(model_folder, tmp_path, format, name):
     stream(model, RECIPES[name], tmp_path / "streamed", IDS, seed=5, format=format)
     assert_same(tmp_path / "streamed", model, RECIPES[name], tmp_path / "saved", format)
     assert (tmp_path / "streamed" / "quantize_config.json").is_file() == (format == "gptq")
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED = {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}}
+#: Architecture, changes and recipe; the second is written as llama, with the rows of q and k in another order.
+GGUF = [
+    ("qwen2", {}, "rtn"), ("qwen2", {"head_dim": 32, "tied": True}, "gptq"), ("qwen2", {}, "keep-ends"),
+    ("llama", SCALED, "hqq-real"), ("llama", SCALED, "sparsegpt"), ("qwen3", {}, "joint"), ("mistral", {}, "mxfp4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, changes, name", GGUF)
+def test_in_one_gguf_file(model_folder, tmp_path, kind, changes, name):
+    model = str(model_folder(kind, shard="60KB", **changes))
+    stream(model, RECIPES[name], tmp_path / "streamed", IDS, seed=5, format="gguf")
+    save(compress(load(model), RECIPES[name], IDS, seed=5), tmp_path / "saved", "gguf")
+    assert sorted(file.name for file in (tmp_path / "streamed").iterdir()) == ["model.gguf", "stream.json"]
+    assert (tmp_path / "streamed" / "model.gguf").read_bytes() == (tmp_path / "saved" / "model.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("kind, tied", [("qwen3", True), ("llama", False), ("mistral", True)])
