@@ -74,7 +74,7 @@ def entry_of(subject: Subject, steps: list[Step], plan: dict[str, dict[str, Any]
         gguf.check(subject, grids)
         return {}
     if not grids:
-        raise UserError(f"{format}: no pass of the recipe puts weights on a grid, so there are no codes; allowed: packed, dense")
+        raise UserError(f"{format}: no pass of the recipe puts weights on a grid, so there are no codes; allowed: packed, dense, gguf")
     for name, module in subject.model.named_modules():  # in this order they are named, as when the whole model is saved
         if isinstance(module, nn.Linear):
             linears[name] = module
