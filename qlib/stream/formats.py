@@ -74,7 +74,7 @@ def entry_of(subject: Subject, steps: list[Step], plan: dict[str, dict[str, Any]
         gguf.check(subject, grids)
         return {}
     if not grids:
-        raise UserError(f"{format}: no pass of the recipe puts weights on a grid, so there are no codes; allowed: packed, dense, gguf")
+        raise UserError(f"{format}: no pass of the recipe puts weights on a grid; allowed: packed, dense, gguf")
     for name, module in subject.model.named_modules():  # in this order they are named, as when the whole model is saved
         if isinstance(module, nn.Linear):
             linears[name] = module
@@ -140,7 +140,9 @@ def block_tensors(subject: Subject, index: int, format: str) -> tuple[dict[str, 
     return in_order(tensors), {}
 
 
-def end_tensors(names: list[str], stored: Stored, config: Any, format: str) -> tuple[Layout, Iterable[torch.Tensor], dict[str, Any]]:
+def end_tensors(
+    names: list[str], stored: Stored, config: Any, format: str
+) -> tuple[Layout, Iterable[torch.Tensor], dict[str, Any]]:
     """Layout, contents piece by piece, and entry, of embedding, norm or head."""
     if format == "gguf":
         from qlib.stream import gguf

@@ -49,7 +49,8 @@ def check(subject: Subject, grids: dict[str, Grid]) -> None:
     placed: set[int] = set()
     for tensor, module in gguf._modules(subject.model):
         placed |= {id(parameter) for parameter in module.parameters()}
-        if getattr(module, "bias", None) is not None and name != "llama" and not tensor.endswith(("attn_q", "attn_k", "attn_v")):
+        biased = getattr(module, "bias", None) is not None and not tensor.endswith(("attn_q", "attn_k", "attn_v"))
+        if biased and name != "llama":
             raise UserError(f"gguf: {tensor}: llama.cpp's {name} has no bias there")
     if left := [path for path, parameter in subject.model.named_parameters() if id(parameter) not in placed]:
         raise UserError(f"gguf: there is no place for {left[0]}")

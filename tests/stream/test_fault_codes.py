@@ -14,6 +14,7 @@ from qlib.runs.state import hold
 from qlib.stream import formats, run
 
 LATE = "model.layers.2.mlp.up_proj.weight"
+TENSOR = f"{{file}}: tensor '{LATE}'"
 
 
 @pytest.fixture
@@ -68,8 +69,8 @@ def other_header(file):
 BROKEN = {
     "truncated": (cut_off, "{file}: is truncated (", "{file}: is truncated ("),
     "missing": (lambda file: file.unlink(), "{file}: is missing although the index names it", "{file}: is missing"),
-    "shape": (other_shape, f"{{file}}: tensor '{LATE}' has shape [127, 64]", f"{{file}}: tensor '{LATE}' became BF16 [127, 64]"),
-    "type": (other_type, f"{{file}}: tensor '{LATE}' is stored as I8", f"{{file}}: tensor '{LATE}' became I8 [128, 64]"),
+    "shape": (other_shape, f"{TENSOR} has shape [127, 64]", f"{TENSOR} became BF16 [127, 64]"),
+    "type": (other_type, f"{TENSOR} is stored as I8", f"{TENSOR} became I8 [128, 64]"),
     "header": (other_header, "{file}: tensor ", "{file}: tensor "),
 }  # fmt: skip
 
@@ -107,6 +108,16 @@ def test_a_disk_that_is_really_full(command, tmp_path, size, finished):
     assert code == 2 and "cannot be written (File too large); finished blocks are kept" in said
     assert not list(output.rglob("*.tmp")) and len(list(output.glob("model-*"))) == finished
     assert command(output, "--format", "dense")[0] == 0 and command(tmp_path / "whole", "--format", "dense")[0] == 0
+    assert hashes(output) == hashes(tmp_path / "whole")
+
+
+def test_a_disk_that_is_full_when_one_file_is_made_of_the_parts(command, tmp_path):
+    output = tmp_path / "streamed"
+    with largest_file(60_000):
+        code, said = command(output, "--format", "gguf")
+    assert code == 2 and said == f"{output}: cannot be written (File too large); finished blocks are kept"
+    assert len(list(output.rglob("*.safetensors"))) == 5 and not (output / "model.gguf").exists()
+    assert command(output, "--format", "gguf")[0] == 0 and command(tmp_path / "whole", "--format", "gguf")[0] == 0
     assert hashes(output) == hashes(tmp_path / "whole")
 
 

@@ -17,7 +17,7 @@ RTN = {"pass": "rtn", "bits": 4, "group_size": 32}
 SPARSEGPT = {"pass": "sparsegpt", "sparsity": 0.5}
 #: What each format holds; what it does not, it refuses: see test_stream_formats.py.
 HELD = {
-    "gptq": ["rtn", "gptq", "gptq-sequential", "awq-rtn", "signround", "wanda-rtn", "joint", "hqq", "act-order"],
+    "gptq": ["rtn", "gptq", "gptq-sequential", "signround", "wanda-rtn", "joint", "hqq", "act-order"],
     "compressed_tensors": ["gptq", "nvfp4", "signround", "joint", "w8a8", "fp8-tensor", "act-order", "keep-ends"],
     "dense": ["gptq", "nvfp4", "wanda", "sparsegpt", "joint", "outliers", "w8a8", "keep-ends"],
 }

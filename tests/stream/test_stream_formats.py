@@ -1,4 +1,4 @@
-"""What a format cannot say is refused before a block is solved, before a folder is made; and a format is not changed half-way."""
+"""What a format cannot say is refused before a block is solved; and a format is not changed half-way."""
 
 import json
 
@@ -32,7 +32,7 @@ W8A8 = [{"pass": "rtn", "bits": 8, "group_size": None, "symmetric": True, "activ
         ("gptq", PRUNED, "gptq: no pass of the recipe puts weights on a grid"),
         ("compressed_tensors", PRUNED, "compressed_tensors: no pass of the recipe puts weights on a grid"),
         ("compressed_tensors", HQQ, "compressed_tensors: model.layers.0.self_attn.q_proj: zeros of int4-g32-z16 are no codes"),
-        ("gguf", [RTN[0] | {"bits": 8}], "gguf: model.layers.0.self_attn.q_proj: Q8_0 has no zero, which 8 bits with one for each"),
+        ("gguf", [RTN[0] | {"bits": 8}], "gguf: model.layers.0.self_attn.q_proj: Q8_0 has no zero, which 8 bits"),
         ("gguf", [{"pass": "rtn", "element": "nvfp4"}], "gguf: model.layers.0.self_attn.q_proj: group_size: 16 is no multiple"),
         ("gguf", [{"pass": "rtn", "element": "fp8", "bits": 8, "group_size": None}], "GGUF has no type for fp8"),
         ("gguf", [HQQ[0] | {"bits": 5}], "Q8_0 has no zero, which 5 bits with one for each group need"),

@@ -20,7 +20,10 @@ RECIPE = [{"pass": "gptq", "bits": 4, "group_size": 32, "symmetric": True}]
 
 @pytest.mark.parametrize(
     "environment, how, format",
-    [("llm-compressor", "transformers", "compressed_tensors"), ("llm-compressor", "transformers", "dense"), ("gptqmodel", "gptqmodel", "gptq")],
+    [
+        ("llm-compressor", "transformers", "compressed_tensors"), ("llm-compressor", "transformers", "dense"),
+        ("gptqmodel", "gptqmodel", "gptq"),
+    ],
 )  # fmt: skip
 def test_weights_are_those_of_the_model_in_memory(model_folder, tmp_path, environment, how, format):
     if (state := environment_of(environment).state) != "installed":
