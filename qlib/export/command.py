@@ -8,7 +8,7 @@ from qlib.arguments import add_runs, path
 from qlib.errors import UserError, nearest
 from qlib.paths import slug
 
-__all__ = ["add_command"]
+__all__ = ["add_command", "say_whether_vllm_loads", "FORMATS"]
 
 SUMMARY = "write the model of a strategy, or of a folder, in a format that other programs load"
 FORMATS = ("gptq", "compressed_tensors", "gguf", "dense", "packed")
@@ -31,7 +31,6 @@ def _source(text: str) -> str | Path:
 
 
 def _export(options: argparse.Namespace, root: Path) -> None:
-    from qlib.export.vllm_check import VERSION, problems
     from qlib.models.load import load
     from qlib.models.save import save
     from qlib.prune.mask import is_pruned
@@ -46,10 +45,17 @@ def _export(options: argparse.Namespace, root: Path) -> None:
     if options.format != "packed" and any(map(is_pruned, subject.model.modules())):
         print("its zeros are stored like other weights: no program but qlib reads a file without them")
     if options.format in ("gptq", "compressed_tensors"):
-        found = problems(folder)
-        print(f"vLLM {VERSION}: {'loads it' if not found else 'would refuse it:'}")
-        for line in found:
-            print(f"    {line}")
+        say_whether_vllm_loads(folder)
+
+
+def say_whether_vllm_loads(folder: Path) -> None:
+    """Print it, with all that is against it."""
+    from qlib.export.vllm_check import VERSION, problems
+
+    found = problems(folder)
+    print(f"vLLM {VERSION}: {'loads it' if not found else 'would refuse it:'}")
+    for line in found:
+        print(f"    {line}")
 
 
 def _model_of(name: str, runs: Path, model: str | None) -> Path:
