@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Sequence
 from qlib.bench.command import add_command as add_bench
 from qlib.errors import UserError, nearest
 from qlib.export.command import add_command as add_export
-from qlib.params import TIERS, Strategy, check_notebook, load_strategies, override, schema
+from qlib.params import SHAPES_ONLY, TIERS, Strategy, check_notebook, load_strategies, override, schema
 from qlib.paths import find_root, write_atomic
 from qlib.runs.lessons import find_lessons, taught
 from qlib.runs.provenance import torch_device
@@ -208,7 +208,7 @@ def _files(given: list[str], root: Path) -> list[Path]:
 
 
 def _chosen(strategy: Strategy, options: argparse.Namespace) -> bool:
-    if options.model and strategy.family == "speed" and not options.files:
+    if options.model and strategy.family in SHAPES_ONLY and not options.files:
         return False  # its model is the name of a shape
     if options.files and not options.tier:
         return True
@@ -246,7 +246,7 @@ def _list(options: argparse.Namespace, root: Path) -> None:
     apart = ("smoke", "gpu") if torch_device() == "cpu" else ("smoke",)
     strategies = [s for s in strategies if (s.tier == options.tier if options.tier else s.tier not in apart)]
     if options.model:
-        strategies = [replace(s, model=options.model) for s in strategies if s.family != "speed"]
+        strategies = [replace(s, model=options.model) for s in strategies if s.family not in SHAPES_ONLY]
     strategies += overridden(options.runs, strategies)
     if options.tier != "smoke":
         strategies += _lessons_to_list(options, root)

@@ -146,7 +146,8 @@ def narrower(shape: Shape, by: int) -> Shape:
     """A layer of the same proportions whose width is `by` times smaller, in steps that groups of weights fit into."""
     hidden, ffn = (max(round(width / by / FFN_STEP), 1) * FFN_STEP for width in (shape.hidden, shape.ffn))
     shared = shape.heads // shape.kv_heads
-    kv_heads = max(round(shape.kv_heads / by), 1)
+    step = FFN_STEP // math.gcd(FFN_STEP, shared * shape.head_dim)
+    kv_heads = max(round(shape.kv_heads / by / step), 1) * step
     return replace(shape, hidden=hidden, ffn=ffn, heads=kv_heads * shared, kv_heads=kv_heads)
 
 
@@ -154,7 +155,7 @@ def foretold(costs: Sequence[Cost], parameters: int) -> float:
     """Seconds of a layer of `parameters` weights: by the power law through two narrower ones, or at least by one of them."""
     least, most = POWERS
     power = least
-    if len(costs) > 1:
+    if len(costs) > 1 and costs[-2].parameters < costs[-1].parameters:
         first, last = costs[-2:]
         power = math.log(last.seconds / first.seconds) / math.log(last.parameters / first.parameters)
     return costs[-1].seconds * (parameters / costs[-1].parameters) ** min(max(power, least), most)

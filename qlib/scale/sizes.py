@@ -1,6 +1,7 @@
 """Models of several sizes, timed alike, and the power of the number of parameters by which their times grow."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,8 @@ def time_sizes(
     return found
 
 
-def slopes(sizes: Mapping[str, Mapping[str, Any]], seed: int = 0) -> dict[str, dict[str, Measurement]]:
-    """phase -> format -> power of the number of parameters; none where there is one size alone."""
+def slopes(sizes: Mapping[str, Mapping[str, Any]], seed: int = 0) -> dict[str, dict[str, dict[str, Any]]]:
+    """phase -> format -> power of the number of parameters, as `slope` tells it; none where there is one size alone."""
     if len(sizes) < 2:
         return {}
     parameters, first = [one["parameters"] for one in sizes.values()], next(iter(sizes.values()))["rounds"]
@@ -57,10 +58,12 @@ def slopes(sizes: Mapping[str, Mapping[str, Any]], seed: int = 0) -> dict[str, d
     }
 
 
-def slope(parameters: Sequence[float], rounds: Sequence[np.ndarray], seed: int = 0) -> Measurement:
+def slope(parameters: Sequence[float], rounds: Sequence[np.ndarray], seed: int = 0) -> dict[str, Any]:
     """The power p of time = c x parameters^p through the medians of `rounds`, one array for each size.
 
-    The interval is a bootstrap over rounds: it tells noise, not how far the sizes lie off the line, which the conditions do.
+    Returns:
+        the fields of a measurement, its interval a bootstrap over rounds, which tells noise alone; and `farthest`: the
+        factor by which the size that fits worst lies off the line.
     """
     x, random = np.log(parameters), np.random.default_rng(seed)
     medians = np.log([np.median(one) for one in rounds])
@@ -69,5 +72,5 @@ def slope(parameters: Sequence[float], rounds: Sequence[np.ndarray], seed: int =
     drawn = [np.log(np.median(one[random.integers(len(one), size=(DRAWS, len(one)))], axis=1)) for one in rounds]
     low, high = np.quantile(np.polyfit(x, np.array(drawn), 1)[0], [0.025, 0.975])
     method = "straight line through logarithms of medians, bootstrap over rounds"
-    where = f"{len(rounds)} sizes; the farthest lies {off:.2f} x off the line"
-    return Measurement(float(power), "exponent", min(map(len, rounds)), float(low), float(high), method, where)
+    measured = Measurement(float(power), "exponent", min(map(len, rounds)), float(low), float(high), method, f"{len(rounds)} sizes")
+    return asdict(measured) | {"farthest": off}
