@@ -83,14 +83,15 @@ def entry_words(entry: Entry | None) -> Callable[[str], str]:
 
 
 def book_words(book: Book) -> Callable[[str], str]:
-    """Resolve placeholders of the report: ``finding``, ``verdict: NAME``, ``methods: GROUP``, ``true shape: SENTENCE``, ``NAME: measurement``."""
+    """Resolve placeholders of the report: ``finding``, ``verdict: NAME``, ``methods: GROUP``, ``NAME: measurement``, ..."""
 
     def resolve(name: str) -> str:
         scope, colon, path = (part.strip() for part in name.partition(":"))
         if not colon:
             if scope in SENTENCES:
                 return SENTENCES[scope](book)
-            allowed = f"{', '.join(SENTENCES)}, verdict: NAME, family: NAME, methods: GROUP, true shape: SENTENCE, NAME: measurement"
+            scopes = "verdict: NAME, family: NAME, methods: GROUP, true shape: SENTENCE, NAME: measurement"
+            allowed = f"{', '.join(SENTENCES)}, {scopes}"
             raise UserError(f"unknown{nearest(scope, SENTENCES)}; allowed: {allowed}")
         if scope == "verdict":
             return words.verdict(book, book.get(path))

@@ -90,7 +90,8 @@ def published_table(bandwidth: float = A100_BANDWIDTH) -> Table:
     )
     columns = [
         Column("Model"), Column("Precision"), Column("GPUs"), Column("Memory", "GB, published"), Column("Weights"),
-        Column("Speed", "tokens/s, published"), Column("At best", "tokens/s"), Column("Share of the roofline"), Column("Setting and source"),
+        Column("Speed", "tokens/s, published"), Column("At best", "tokens/s"), Column("Share of the roofline"),
+        Column("Setting and source"),
     ]  # fmt: skip
     return table(columns, rows, caption, "published-qwen")
 

@@ -29,7 +29,7 @@ def method_times(frame):
         axes.grid(axis="y", visible=False)
         family_legend(axes, frame["family"])
 
-    return drawn(draw, 1.5 + ROW * len(frame), "" if len(frame) else "No method was measured.")
+    return drawn(draw, 1.5 + ROW * len(frame), "" if len(frame) else "Methods were not measured here.")
 
 
 def size_lines(frame):

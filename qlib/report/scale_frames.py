@@ -102,12 +102,12 @@ def _line(record: Mapping[str, Any]) -> str:
     """By which power of the number of parameters a token's time grows."""
     slopes = (_details(record).get("slopes") or {}).get("decode")
     if not slopes:
-        return "A straight line needs several sizes, of which fewer than two were timed here."
+        return "Models of several sizes were not timed here, so there is no line."
     told = [f"{numbers.write({**one, 'unit': ''})} in {name}" for name, one in slopes.items()]
     far, count = max(one["farthest"] for one in slopes.values()), len(_details(record)["sizes"])
     return (
-        f"Over {count} sizes the time of a token grows with the power {', '.join(told)} of the number of parameters, where 1 is a "
-        f"straight proportion; the size that fits worst lies a factor of {far:.2f} off its line."
+        f"Over {count} sizes the time of a token grows with the power {', '.join(told)} of the number of parameters, "
+        f"where 1 is a straight proportion; the size that fits worst lies a factor of {far:.2f} off its line."
     )
 
 

@@ -20,17 +20,17 @@ def methods_table(record: Mapping[str, Any]) -> Table:
     """Every method: one layer as measured, all layers as extrapolated."""
     details = record.get("details") or {}
     layers = details.get("layers", "all")
-    all_of_them = f"Extrapolated to {layers} layers"
+    whole = f"Extrapolated to {layers} layers"
+    measured = ("Time", "Peak memory beyond it", "Its linears", "Bits per weight")
+    told = ("Time", "On disk", "Prefill", "Decode, per token", "Share of the roofline")
     rows = [_row(one, record["formats"].get(name, {}), layers) for name, one in (details.get("methods") or {}).items()]
     columns = [
-        Column("Method"), Column("Time", group=ONE), Column("Peak memory beyond it", group=ONE),
-        Column("Its linears", group=ONE), Column("Bits per weight", group=ONE),
-        *(Column(title, group=all_of_them) for title in ("Time", "On disk", "Prefill", "Decode, per token", "Share of the roofline")),
-        Column("Remark"),
+        Column("Method"), *(Column(title, group=ONE) for title in measured),
+        *(Column(title, group=whole) for title in told), Column("Remark"),
     ]  # fmt: skip
     caption = (
-        f"{'' if rows else ABSENT}One layer of {record.get('model', 'a large model')}, random weights, by every method, each run once (n = 1, so no interval), and all "
-        f"{layers} layers with the head, extrapolated. Prefill and decode are those of the format that is left: intervals "
+        f"{'' if rows else ABSENT}One layer of {record.get('model', 'a large model')}, random weights, by every method, each run "
+        f"once (n = 1, so no interval), and all {layers} layers with the head, extrapolated. Prefill and decode are those of the format that is left: intervals "
         "over rounds. Zeros of a mask are left out on disk, and nowhere else."
     )
     return table(columns, rows, caption, "true-shape")
@@ -69,8 +69,8 @@ def sizes_table(record: Mapping[str, Any]) -> Table:
         rows.append([format, *powers, *(slopes[part][format]["farthest"] for part in slopes)])
     sizes = ", ".join(details.get("sizes") or {}) or "several sizes"
     caption = (
-        f"{'' if rows else ABSENT}Power of the number of parameters by which the time of a token and of a prefill grows over {sizes}. Small print: 95 % "
-        "bootstrap intervals over rounds, which tell noise alone. Worst fit: the factor by which a size lies off the line."
+        f"{'' if rows else ABSENT}Power of the number of parameters by which the time of a token and of a prefill grows over "
+        f"{sizes}. Small print: 95 % bootstrap intervals over rounds, which tell noise alone. Worst fit: the factor by which a size lies off the line."
     )
     columns = ["Format", *(f"Power, {part}" for part in slopes), *(f"Worst fit, {part}" for part in slopes)]
     return table(columns, rows, caption, "size-powers")
@@ -79,16 +79,15 @@ def sizes_table(record: Mapping[str, Any]) -> Table:
 def check_table(record: Mapping[str, Any]) -> Table:
     """Whole against sum of parts, with the ratio's interval."""
     check = (record.get("details") or {}).get("check") or {}
-    columns = ["Of the whole", "What was timed", "Whole", "Sum of its parts", "Whole over sum"]
+    columns = ["Compared", "What was timed", "Whole", "Sum of its parts", "Whole over sum"]
     rows = []
     for kind in ("speed", "compression"):
         for name, one in (check.get(kind) or {}).items():
-            whole, summed = ({**one[part]} for part in ("whole", "sum"))
-            what = f"{name}: {one['whole']['conditions']}"
-            rows.append([name, Cell(what, kind="how"), Cell(numbers.write(whole)), Cell(numbers.write(summed)), one["ratio"]])
+            whole, summed = (Cell(numbers.write(one[part])) for part in ("whole", "sum"))
+            rows.append([name, Cell(one["whole"]["conditions"], kind="how"), whole, summed, one["ratio"]])
     caption = (
-        f"{'' if rows else ABSENT}The extrapolation checked where everything can be run: {check.get('model', 'a small model')} whole "
-        "against layers x one layer + head, timed in the same rounds, and several layers of "
+        f"{'' if rows else ABSENT}The extrapolation checked where everything can be run: {check.get('model', 'a small model')} "
+        "whole against layers x one layer + head, timed in the same rounds, and several layers of "
         f"{check.get('compressed', 'the smallest')} compressed against as many times one. Small print and "
         "brackets: 95 % bootstrap intervals over rounds. 1 is a perfect extrapolation."
     )

@@ -26,7 +26,7 @@ from qlib.scale.methods import METHODS
 __all__ = ["peers", "whole_peer", "check_speed", "check_compression", "CHECKED"]
 
 CPU = torch.device("cpu")
-#: The layers of a model in its smallest format must be so many times the last-level cache, and the whole in bf16 at most so large.
+#: The layers in the smallest format must be so many times the last-level cache, and the whole in bf16 at most so large.
 PAST_CACHE, MOST_BYTES = 4, 4e9
 #: Methods whose time is checked, on how many layers, how often.
 CHECKED, LAYERS, REPEATS = ("rtn-int4", "gptq-int4"), 4, 3
@@ -41,7 +41,8 @@ def peers(model: str) -> list[str]:
 
 def whole_peer(model: str, formats: Sequence[str], cache: int | None = None) -> str:
     """The smallest peer whose layers do not fit into the cache in any format; else the largest that can be held whole."""
-    shapes = [shape for name in peers(model) if 2 * (shape := find_shape(name)).parameters <= MOST_BYTES] or [find_shape(model)]
+    shapes = [shape for shape in map(find_shape, peers(model)) if parts.BF16 * shape.parameters <= MOST_BYTES]
+    shapes = shapes or [find_shape(model)]
     least = PAST_CACHE * (last_level_cache() if cache is None else cache)
     large = (one for one in shapes if one.layers * min(parts.layer_bytes(one, format) for format in formats) > least)
     return next(large, shapes[-1]).name
@@ -60,7 +61,8 @@ def check_speed(
     found = {}
     with exclusive():
         form, _ = fastest_form(parts.random_tensor(shape.linears["mlp.gate_proj"], CPU, random), 1)
-        models = {format: parts.build_model(shape, format, form, random) for format in dict.fromkeys([BASELINE, *formats])}
+        names = dict.fromkeys([BASELINE, *formats])
+        models = {format: parts.build_model(shape, format, form, random) for format in names}
         for phase, (new, context) in {"decode": (1, context_tokens), "prefill": (prompt_tokens, 0)}.items():
             calls: dict[str, list] = {}
             for format, whole in models.items():

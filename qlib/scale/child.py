@@ -17,8 +17,8 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     Raises:
         RuntimeError: the process was killed, for want of memory as a rule; and whatever the function raises.
     """
-    threads = torch.get_num_threads()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    threads = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **threads) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:

@@ -36,7 +36,7 @@ class Limits:
     """What a method may take for a layer, in seconds. Of layers below so many weights it is not foretold."""
 
     seconds: float = 330
-    weights: float = 50e6
+    weights: float = 20e6
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Cost:
     Attributes:
         parameters: of the layer. seconds: wall time. before_bytes: anonymous memory before, the layer included.
         peak_bytes: what came on top at most. tokens: of calibration.
-        bits_per_weight: of the linears as stored. stored_bytes: of the linears. weights_kept: share of their weights that is not 0.
+        bits_per_weight, stored_bytes: of the linears as stored. weights_kept: share of their weights that is not 0.
         format: name of the number format that is left, with what width pruning keeps.
     """
 

@@ -33,7 +33,9 @@ METHODS = {
     "gptq-int3": Method("GPTQ, 3 bits", "weight_quantization", ({"pass": "gptq"} | INT3,)),
     "wanda-50": Method("Wanda, half of the weights", "pruning", ({"pass": "wanda", "sparsity": 0.5},)),
     "sparsegpt-50": Method("SparseGPT, half of the weights", "pruning", ({"pass": "sparsegpt", "sparsity": 0.5},)),
-    "joint-int4": Method("Half of the weights and 4 bits in one solve", "combined", ({"pass": "joint", "sparsity": 0.5} | INT4,)),
+    "joint-int4": Method(
+        "Half of the weights and 4 bits in one solve", "combined", ({"pass": "joint", "sparsity": 0.5} | INT4,)
+    ),
     "width-pruned": Method(
         "Width pruning", "pruning", ({"pass": "width", "keep_heads": WIDTH_KEPT, "keep_ffn": WIDTH_KEPT},)
     ),

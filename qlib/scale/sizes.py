@@ -72,5 +72,5 @@ def slope(parameters: Sequence[float], rounds: Sequence[np.ndarray], seed: int =
     drawn = [np.log(np.median(one[random.integers(len(one), size=(DRAWS, len(one)))], axis=1)) for one in rounds]
     low, high = np.quantile(np.polyfit(x, np.array(drawn), 1)[0], [0.025, 0.975])
     method = "straight line through logarithms of medians, bootstrap over rounds"
-    measured = Measurement(float(power), "exponent", min(map(len, rounds)), float(low), float(high), method, f"{len(rounds)} sizes")
-    return asdict(measured) | {"farthest": off}
+    count, where = min(map(len, rounds)), f"{len(rounds)} sizes"
+    return asdict(Measurement(float(power), "exponent", count, float(low), float(high), method, where)) | {"farthest": off}
