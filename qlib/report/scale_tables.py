@@ -29,9 +29,9 @@ def methods_table(record: Mapping[str, Any]) -> Table:
         *(Column(title, group=whole) for title in told), Column("Remark"),
     ]  # fmt: skip
     caption = (
-        f"{'' if rows else ABSENT}One layer of {record.get('model', 'a large model')}, random weights, by every method, each run "
-        f"once (n = 1, so no interval), and all {layers} layers with the head, extrapolated. Prefill and decode are those of the format that is left: intervals "
-        "over rounds. Zeros of a mask are left out on disk, and nowhere else."
+        f"{'' if rows else ABSENT}One layer of {record.get('model', 'a large model')}, random weights, by every method, each "
+        f"run once (n = 1, so no interval), and all {layers} layers with the head, extrapolated. Prefill and decode are those "
+        "of the format that is left: intervals over rounds. Zeros of a mask are left out on disk, and nowhere else."
     )
     return table(columns, rows, caption, "true-shape")
 
@@ -70,7 +70,8 @@ def sizes_table(record: Mapping[str, Any]) -> Table:
     sizes = ", ".join(details.get("sizes") or {}) or "several sizes"
     caption = (
         f"{'' if rows else ABSENT}Power of the number of parameters by which the time of a token and of a prefill grows over "
-        f"{sizes}. Small print: 95 % bootstrap intervals over rounds, which tell noise alone. Worst fit: the factor by which a size lies off the line."
+        f"{sizes}. Small print: 95 % bootstrap intervals over rounds, which tell noise alone. Worst fit: the factor by which a "
+        "size lies off the line."
     )
     columns = ["Format", *(f"Power, {part}" for part in slopes), *(f"Worst fit, {part}" for part in slopes)]
     return table(columns, rows, caption, "size-powers")

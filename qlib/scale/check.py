@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from qlib.evaluate import parts
 from qlib.evaluate.fastest import fastest_form
@@ -72,7 +73,9 @@ def check_speed(
     return found
 
 
-def _calls(shape: Shape, format: str, model: torch.nn.Module, new: int, context: int, random: torch.Generator) -> dict[str, list]:
+def _calls(
+    shape: Shape, format: str, model: nn.Module, new: int, context: int, random: torch.Generator
+) -> dict[str, list]:
     """The whole model, each of its layers, and final norm and head."""
     decoder, ids = Decoder(model, context + new), torch.zeros(new, dtype=torch.long)
     decoder.own = None  # block by block, as the parts are timed
