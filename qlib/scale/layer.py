@@ -29,6 +29,8 @@ VOCAB = 4096
 NARROWER = (64, 16, 8)
 #: Exponent of a time in the number of weights: at least, at most.
 POWERS = (1.0, 1.5)
+#: From so many times the limit on, one narrower layer is enough; below, what it takes may be the cost of calls.
+FAR = 3
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,13 @@ def _one(shape: Shape, method: Method, samples: int, length: int, seed: int, lim
         narrow, expected = in_child(foretell, shape, limits.seconds, *given)
         found |= {"narrower": [asdict(cost) for cost in narrow], "foretold_seconds": expected, "format": narrow[-1].format}
         if expected > limits.seconds:
-            least = "at least " if len(narrow) == 1 else "about "
             times = f"{narrow[-1].seconds:.3g} s for {narrow[-1].parameters / 1e6:.1f} million weights"
-            return found | {"reason": f"would take {least}{clock(expected)}, more than {clock(limits.seconds)}: {times}"}
+            return found | {"reason": f"would take about {clock(expected)}, more than {clock(limits.seconds)}: {times}"}
     return found | asdict(in_child(cost_of, shape, *given))
 
 
 def foretell(shape: Shape, limit: float, *given: Any) -> tuple[list[Cost], float]:
-    """Costs of narrower layers and the seconds that they foretell for `shape`; ends once these exceed the limit.
+    """Costs of narrower layers and the seconds that they foretell for `shape`; ends early where these are far above the limit.
 
     Args:
         given: what `cost_of` takes beside the shape.
@@ -114,7 +115,7 @@ def foretell(shape: Shape, limit: float, *given: Any) -> tuple[list[Cost], float
     for by in NARROWER[1:]:
         costs.append(cost_of(narrower(shape, by), *given))
         expected = foretold(costs, shape.layer_parameters)
-        if expected > limit:
+        if expected > FAR * limit:
             break
     return costs, expected
 
@@ -152,7 +153,7 @@ def narrower(shape: Shape, by: int) -> Shape:
 
 
 def foretold(costs: Sequence[Cost], parameters: int) -> float:
-    """Seconds of a layer of `parameters` weights: by the power law through two narrower ones, or at least by one of them."""
+    """Seconds of a layer of `parameters` weights: by the power law through two narrower ones, or in proportion to one of them."""
     least, most = POWERS
     power = least
     if len(costs) > 1 and costs[-2].parameters < costs[-1].parameters:
