@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from qlib.arguments import add_runs, file_or_name, folder_or_id, strategy_files
 from qlib.errors import UserError, nearest
-from qlib.params import TIERS, Strategy, check_notebook, load_strategies, override
+from qlib.params import SHAPES_ONLY, TIERS, Strategy, check_notebook, load_strategies, override
 from qlib.runs.lessons import find_lessons, taught
 from qlib.runs.provenance import torch_device
 from qlib.yamltext import parse_assignments
@@ -104,7 +104,7 @@ def _split(given: list[str], lessons: list[Strategy], root: Path) -> tuple[list[
 
 
 def _chosen(strategy: Strategy, options: argparse.Namespace) -> bool:
-    if options.model and strategy.family == "speed" and not options.files:
+    if options.model and strategy.family in SHAPES_ONLY and not options.files:
         return False  # its model is the name of a shape
     if options.files and not options.tier:
         return True

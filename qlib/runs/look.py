@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlib.arguments import add_runs, folder_or_id, strategy_files
-from qlib.params import TIERS, Strategy, load_strategies
+from qlib.params import SHAPES_ONLY, TIERS, Strategy, load_strategies
 from qlib.runs.lessons import find_lessons
 from qlib.runs.provenance import torch_device
 
@@ -42,7 +42,7 @@ def _list(options: argparse.Namespace, root: Path) -> None:
     apart = ("smoke", "gpu") if torch_device() == "cpu" else ("smoke",)
     strategies = [s for s in strategies if (s.tier == options.tier if options.tier else s.tier not in apart)]
     if options.model:
-        strategies = [replace(s, model=options.model) for s in strategies if s.family != "speed"]
+        strategies = [replace(s, model=options.model) for s in strategies if s.family not in SHAPES_ONLY]
     strategies += overridden(options.runs, strategies)
     if options.tier != "smoke":
         strategies += _lessons_to_list(options, root)
