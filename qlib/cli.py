@@ -15,6 +15,7 @@ from qlib.errors import UserError, nearest
 from qlib.export.command import add_command as add_export
 from qlib.params import TIERS, Strategy, check_notebook, load_strategies, override, schema
 from qlib.paths import find_root, write_atomic
+from qlib.predict.command import add_command as add_predict
 from qlib.runs.lessons import find_lessons, taught
 from qlib.runs.provenance import torch_device
 from qlib.stream.command import add_command as add_stream
@@ -37,6 +38,8 @@ EXAMPLES = """examples:
                                                 its model as transformers and vLLM load it (gguf: llama.cpp)
   qlib stream gptq-int4 --model ./qwen-72b --output ./qwen-72b-int4
                                                 a model larger than the memory, block by block, from disk to disk
+  qlib predict --model qwen-72b --recipe gptq-int4
+                                                sizes, memory and times before anything is run
   qlib tools install gptqmodel auto-round       outside tools to compare with, each in its own environment
 
 exit codes: 0 ok, 1 a strategy failed, 2 bad input, 130 interrupted (the same command goes on from there)"""
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="the whole record, with the figures of its shape")
 
     add_stream(commands, epilog=EXAMPLES, **style)
+    add_predict(commands, epilog=EXAMPLES, **style)
     add_export(commands, epilog=EXAMPLES, **style)
     command("publish", "copy finished records and the report to reports/published/", _publish)
     add_command(commands, epilog=EXAMPLES, **style)
