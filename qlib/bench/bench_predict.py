@@ -56,7 +56,8 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "rtn-int4": FORMATS["int4-g128"], "gptq-int4": [{"pass": "gptq", "bits": 4}], "gptq-int3": [{"pass": "gptq", "bits": 3}],
     "hqq-int4": [{"pass": "hqq", "bits": 4}], "magnitude": [{"pass": "magnitude"}], "wanda": [{"pass": "wanda"}],
-    "sparsegpt": [{"pass": "sparsegpt"}], "awq-int4": [{"pass": "awq"}, {"pass": "rtn", "bits": 4}],
+    "sparsegpt": [{"pass": "sparsegpt"}], "joint-int4": [{"pass": "joint", "bits": 4}],
+    "awq-int4": [{"pass": "awq", "steps": 3}, {"pass": "rtn", "bits": 4}],
 }  # fmt: skip
 #: A search over many scales: on the smaller shapes alone.
 SLOW, SMALL = ("awq-int4",), 1024

@@ -19,6 +19,7 @@ from qlib.predict.machine import Machine
 from qlib.predict.outcome import Held, Outcome, after, start
 from qlib.predict.sizes import held_bytes
 from qlib.recipe import pass_name
+from qlib.transforms.awq import CUTS, FEW_CUTS
 
 __all__ = ["Text", "Unpredicted", "compress_columns", "decode_columns", "prefill_columns", "PASSES"]
 
@@ -234,7 +235,7 @@ def _awq(task: Task) -> Columns:
     return Columns({
         "awq: gram": task.products("fp32", [(2 * tokens * width**2, width) for width in task.inputs]),
         "awq: errors": task.products("fp32", [(2.0 * tried * rows * width**2, width) for rows, width in linears]),
-        "awq: cuts" if options.clip else "awq: scales": task.numbers(tried * task.weights),
+        "awq: cuts" if options.clip else "awq: scales": task.numbers((tried * len(FEW_CUTS) + len(CUTS)) * task.weights),
     })  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def this_machine(device: str = "cpu", fresh: bool = False) -> Machine:
     from qlib.runs.provenance import gpu, provenance
 
     if device not in ("cpu", "cuda"):
-        raise UserError(f"--device: '{device}' is unknown{nearest(device, ('cpu', 'cuda'))}; allowed: cpu, cuda")
+        raise UserError(f"--device: '{device}' is unknown; allowed: cpu, cuda")
     if device == "cuda" and not gpu():
         raise UserError("--device: cuda is asked for, but there is no GPU that this build of torch can use; allowed: cpu")
     told = provenance()

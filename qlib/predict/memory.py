@@ -18,10 +18,15 @@ from qlib.recipe import pass_name
 __all__ = ["peak_terms", "WORK", "Work"]
 
 FP32 = 4
-#: Weights of linears that are solved as one, or at a time, at most.
+#: Weights of linears that are solved as one at most; and of one, whose rows are solved in parts.
 LARGE = 2**27
-#: Numbers of each token that a block holds at once while it runs: hidden states, and in the FFN gate, its activation, up, product.
-HIDDEN_STATES, FFN_STATES = 4, 4
+#: Scores among which the lowest are found at a time.
+SLICE = 2**23
+#: In a model in memory freed blocks of up to so many bytes stay in the process: larger ones do not find room there.
+KEPT = 32 * 2**20
+#: Numbers of each token that a block holds at once while it runs: residual, normed, queries, keys, values and what attention
+#: makes of them, each as wide as a hidden state; in the FFN gate, its activation, up and product.
+HIDDEN_STATES, FFN_STATES = 6, 4
 
 
 @dataclass(frozen=True)
@@ -33,20 +38,23 @@ class Work:
         hessians: how many times the matrix of a group of linears, fp32 `[in, in]`, is there while it is worked on; every other
             group's is there once.
         inputs: bytes for each number of a batch of inputs that is fed.
-        together: linears that read the same inputs are solved as one.
+        per_score: bytes for each of the scores that are sorted at a time.
+        together: linears that read the same inputs are solved as one. in_parts: rows of a large one are not.
     """
 
     per_weight: int = 0
     hessians: int = 0
     inputs: int = 0
+    per_score: int = 0
     together: bool = False
+    in_parts: bool = False
 
 
-#: Name of a pass -> what it holds. fp32 numbers of the columns that errors are handed on to: four times 4 bytes.
+#: Name of a pass -> what it holds. gptq: weights, errors, what moved, and a copy that is turned, each in fp32.
 WORK = {
-    "rtn": Work(12), "hqq": Work(12), "magnitude": Work(36), "wanda": Work(14),
-    "gptq": Work(16, 2, 4, together=True), "sparsegpt": Work(20, 2, 4), "joint": Work(24, 2, 4),
-    "awq": Work(32, 1, inputs=8), "smooth": Work(8, inputs=4), "keep_ends": Work(), "kv_cache": Work(), "ends": Work(),
+    "rtn": Work(12), "hqq": Work(12), "magnitude": Work(30), "wanda": Work(13, per_score=16),
+    "gptq": Work(16, 2, 4, together=True, in_parts=True), "sparsegpt": Work(18, 2, 4), "joint": Work(24, 2, 4),
+    "awq": Work(48, 1, inputs=16), "smooth": Work(8, inputs=4), "keep_ends": Work(), "kv_cache": Work(), "ends": Work(),
 }  # fmt: skip
 
 
@@ -75,7 +83,7 @@ def peak_terms(anatomy: Anatomy, steps: list[Step], text: Text, process: int, st
             if streamed:
                 terms |= {"model": outcome.anatomy.buffers, "block": BF16 * outcome.anatomy.linear_weights}
                 terms["block as it is written"] = _written(behind)
-            terms |= _walk(outcome.anatomy, group, text)
+            terms |= _walk(outcome.anatomy, group, text, 0 if streamed else KEPT)
         most = max(most, terms, key=lambda one: sum(one.values()))
         outcome = behind
     return most
@@ -87,33 +95,48 @@ def _written(behind: Outcome) -> int:
     return max(sum(held_bytes(one, linears[name]) for name, one in block.items() if one.grid) for block in behind.held)
 
 
-def _walk(anatomy: Anatomy, group: list[Step], text: Text) -> dict[str, int]:
-    """What passes over blocks hold: hidden states all the time, and the larger of what feeding and what solving takes."""
-    reading = [WORK[pass_name(module)] for module, options in group if reads(module, options)]
+def _walk(anatomy: Anatomy, group: list[Step], text: Text, kept: int) -> dict[str, int]:
+    """What passes over blocks hold: hidden states all the time, and the larger of what feeding and what solving takes.
+
+    Args:
+        kept: bytes up to which freed blocks are not given back.
+    """
     works = [WORK[pass_name(module)] for module, _ in group]
-    hidden, ffn = anatomy.linears["mlp.down_proj"]
+    reading = [WORK[pass_name(module)] for module, options in group if reads(module, options)]
     matrices = [FP32 * anatomy.linears[names[0]][1] ** 2 for names in anatomy.groups]
-    terms, feeding = {}, {}
+    matrices = matrices if any(work.hessians for work in reading) else [0] * len(matrices)
+    terms, feeding, left = {}, {}, 0
     if reading:
+        hidden, ffn = anatomy.linears["mlp.down_proj"]
+        states = {BF16 * text.batch * hidden: HIDDEN_STATES, BF16 * text.batch * ffn: FFN_STATES}
         terms["hidden states"] = BF16 * text.tokens * hidden * (3 if wants_targets(group) else 2)
-        feeding["a batch in a block"] = BF16 * text.batch * (HIDDEN_STATES * hidden + FFN_STATES * ffn)
+        feeding["a batch in a block"] = sum(size * count for size, count in states.items())
         feeding["its inputs in fp32"] = text.batch * max(ffn, hidden) * max(one.inputs for one in reading)
-    kept = any(work.hessians for work in reading)
-    feeding["Hessians"] = sum(matrices) if kept else 0
-    solving = max((_solving(anatomy, works, matrices if kept else [], place) for place in range(len(matrices))), key=_total)
+        feeding["Hessians"] = sum(matrices)
+        left = sum(size * count for size, count in states.items() if size <= kept)
+    solving = max((_solving(anatomy, works, matrices, place, left) for place in range(len(matrices))), key=_total)
     return terms | max(feeding, solving, key=_total)
 
 
-def _solving(anatomy: Anatomy, works: list[Work], matrices: list[int], place: int) -> dict[str, int]:
-    """What solving one group of linears takes; matrices of the groups before it are gone."""
+def _solving(anatomy: Anatomy, works: list[Work], matrices: list[int], place: int, left: int) -> dict[str, int]:
+    """What solving one group of linears takes; matrices of the groups before it are gone.
+
+    Args:
+        left: bytes of freed blocks that are still there, where what is solved has room only if it is as small.
+    """
     sizes = [math.prod(anatomy.linears[name]) for name in anatomy.groups[place]]
     together = all(work.together for work in works) and sum(sizes) <= LARGE
-    weights = min(sum(sizes) if together else max(sizes), LARGE)
+    weights = sum(sizes) if together else max(sizes)
+    weights = min(weights, LARGE) if all(work.in_parts for work in works) else weights
     copies = max(work.hessians for work in works)
-    found = {"numbers of the weights solved": weights * max(work.per_weight for work in works)}
-    if matrices:
-        found |= {"Hessians": sum(matrices[place:]), "Hessian being factorized": (copies - 1) * matrices[place]}
-    return found
+    found = {
+        "numbers of the weights solved": weights * max(work.per_weight for work in works),
+        "scores that are sorted": min(weights, SLICE) * max(work.per_score for work in works),
+        "Hessians": sum(matrices[place:]),
+        "Hessian being factorized": max(0, copies - 1) * matrices[place],
+        "freed, not given back": left if FP32 * weights > KEPT else 0,
+    }
+    return {what: size for what, size in found.items() if size}
 
 
 def _total(terms: dict[str, int]) -> int:
