@@ -57,10 +57,13 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "rtn-int4": FORMATS["int4-g128"], "gptq-int4": [{"pass": "gptq", "bits": 4}], "gptq-int3": [{"pass": "gptq", "bits": 3}],
     "hqq-int4": [{"pass": "hqq", "bits": 4}], "magnitude": [{"pass": "magnitude"}], "wanda": [{"pass": "wanda"}],
     "sparsegpt": [{"pass": "sparsegpt"}], "joint-int4": [{"pass": "joint", "bits": 4}],
+    "smooth-w8a8": [{"pass": "smooth"}, *FORMATS["int8-a8"]], "rtn-int4-mse": [{"pass": "rtn", "bits": 4, "clip": "mse"}],
     "awq-int4": [{"pass": "awq", "steps": 3}, {"pass": "rtn", "bits": 4}],
+    "signround-int4": [{"pass": "signround", "bits": 4, "iterations": 10}],
+    "int4-ends-int8": [{"pass": "rtn", "bits": 4}, {"pass": "ends"}],
 }  # fmt: skip
-#: A search over many scales: on the smaller shapes alone.
-SLOW, SMALL = ("awq-int4",), 1024
+#: Searches that take long, and what is no different on large shapes: on the smaller ones alone.
+SOME, SMALL = ("awq-int4", "signround-int4", "rtn-int4-mse", "int4-ends-int8"), 1024
 STREAMED = ("rtn-int4", "gptq-int4", "wanda")
 #: Figure -> what its rows call it.
 FIGURES = {
@@ -73,8 +76,8 @@ JOBS = {
     f"{recipe} on {shape.name}{', streamed' * streamed}": Job(shape, RECIPES[recipe], tokens, streamed=streamed)
     for shape, tokens in SHAPES.items()
     for recipe in RECIPES
-    for streamed in ((False, True) if recipe in STREAMED else (False,))
-    if shape.hidden <= SMALL or recipe not in SLOW
+    for streamed in ((False, True) if recipe in STREAMED and shape.hidden <= SMALL else (False,))
+    if shape.hidden <= SMALL or recipe not in SOME
 }
 
 
@@ -83,7 +86,11 @@ def measure(root: Path) -> list[Row]:
     machine = this_machine(fresh=True)
     with exclusive():
         timed = {shape: time_tokens(shape) for shape in SHAPES}
-        runs = [as_run(f"{format} on {shape.name}", shape, FORMATS[format], one) for shape, found in timed.items() for format, one in found.items()]
+        runs = [
+            as_run(f"{format} on {shape.name}", shape, FORMATS[format], one)
+            for shape, found in timed.items()
+            for format, one in found.items()
+        ]
         runs += run_jobs(JOBS)
     write_atomic(root / RUNS, json.dumps(asdict(replace(machine, runs=runs, disk_bytes=None)), indent=1) + "\n")
     return judge_figures(learn(machine, runs), runs, machine)
@@ -143,7 +150,8 @@ def judge_figures(learnt: Experience, runs: list[dict[str, Any]], machine: Machi
         over = f"{len(errors)} pairs of shape and recipe, each shape predicted from the others"
         if figure.endswith("peak"):
             beyond = [abs(p - m) / (m - machine.process_bytes) for _, m, p in found]
-            over += f"; median {np.median(beyond):.2f} of what is beyond the {machine.process_bytes / 1e6:.0f} MB of an empty process"
+            empty = f"the {machine.process_bytes / 1e6:.0f} MB of an empty process"
+            over += f"; median {np.median(beyond):.2f} of what is beyond {empty}"
         worst, name = errors[-1]
         rows.append(judge(names[0], TARGET, float(np.median([error for error, _ in errors])), "fraction", over))
         rows.append(judge(names[1], TARGET, worst, "fraction", f"{over}; the worst: {name}"))

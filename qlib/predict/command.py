@@ -29,7 +29,8 @@ def add_command(commands: Any, **style: Any) -> None:
     parser.add_argument("--recipe", required=True, type=_file, help="a strategy file, or its name")
     parser.add_argument("--device", default="cpu", metavar="{cpu,cuda}", help="of this machine (default: cpu)")
     parser.add_argument("--machine", metavar="FILE", type=_file, help="another machine: a JSON file, or a100-80g")
-    parser.add_argument("--context", type=int, default=256, metavar="TOKENS", help="before the token that is decoded (default: 256)")
+    context = "before the token that is decoded (default: 256)"
+    parser.add_argument("--context", type=int, default=256, metavar="TOKENS", help=context)
     parser.add_argument("--fresh", action="store_true", help="measure this machine again")
     parser.add_argument("--json", action="store_true", help="all figures, and memory by what it is for")
     parser.add_argument("--runs", type=Path, help=argparse.SUPPRESS)
@@ -73,7 +74,8 @@ def prediction_text(found: Any) -> str:
                 continue
         value = f"at least {_number(one.low / size)}" if one.value is None else _number(one.value / size)
         lines.append(f"  {words:<34}{value:>18} {unit:<4}{_band(one, size)}")
-    lines += ["", *(f"  fits: {what}: {'not known' if yes is None else 'yes' if yes else 'NO'}" for what, yes in found.fits.items())]
+    words = {None: "not known", True: "yes", False: "NO"}
+    lines += ["", *(f"  fits: {what}: {words[yes]}" for what, yes in found.fits.items())]
     if missing:
         lines += ["", "not predicted:", *missing]
     lines += ["", f"times and bands: {found.learnt or 'nothing was measured here; run `qlib bench --only predict`'}"]

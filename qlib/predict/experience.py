@@ -1,16 +1,20 @@
 """Runs that were measured on this machine, as `qlib bench --only predict` left them: what predictions are fitted to."""
 
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from qlib.models.shapes import Shape
 from qlib.predict.anatomy import Anatomy, read_anatomy
-from qlib.predict.costs import Text, Unpredicted, compress_columns, decode_columns, prefill_columns
+from qlib.predict.counts import Text, Unpredicted
 from qlib.predict.fit import Fit, Run, fit_runs, held_out, spread
 from qlib.predict.machine import Machine, read_machine
 from qlib.predict.memory import peak_terms
 from qlib.predict.outcome import Outcome, after, start
+from qlib.predict.passes import compress_columns
+from qlib.predict.tokens import decode_columns, prefill_columns
 from qlib.recipe import read_recipe
 
 __all__ = ["Experience", "read_experience", "learn", "figures_of", "outcome_of", "RUNS"]
@@ -52,23 +56,23 @@ def outcome_of(anatomy: Anatomy, recipe: list[dict[str, Any]]) -> Outcome:
 def figures_of(run: dict[str, Any], machine: Machine) -> dict[str, tuple[Any, float]]:
     """Figure -> what it is predicted from (columns, or bytes that need no fit), and what was measured.
 
-    Raises:
-        Unpredicted: a pass or a kernel that is not counted.
+    Figures of a pass or a kernel that is not counted are left out.
     """
     anatomy = read_anatomy(Shape(**run["shape"]))
     outcome, found = outcome_of(anatomy, run["recipe"]), {}
     text = Text(run.get("tokens") or 0, run.get("length") or 1)
     steps = read_recipe(run["recipe"]) if run["recipe"] else []
+    counts: dict[str, Callable[[], Any]] = {
+        "decode_seconds": lambda: decode_columns(outcome, machine, run["context"]),
+        "prefill_seconds": lambda: prefill_columns(outcome, machine, run["prompt"]),
+        "compress_seconds": lambda: compress_columns(anatomy, steps, text, machine),
+        "compress_peak": lambda: sum(peak_terms(anatomy, steps, text, machine.process_bytes).values()),
+        "stream_peak": lambda: sum(peak_terms(anatomy, steps, text, machine.process_bytes, streamed=True).values()),
+    }
     for figure, value in run["measured"].items():
-        if figure == "decode_seconds":
-            found[figure] = (decode_columns(outcome, machine, run["context"]), value)
-        elif figure == "prefill_seconds":
-            found[figure] = (prefill_columns(outcome, machine, run["prompt"]), value)
-        elif figure == "compress_seconds":
-            found[figure] = (compress_columns(anatomy, steps, text, machine), value)
-        elif figure in ("compress_peak", "stream_peak"):
-            terms = peak_terms(anatomy, steps, text, machine.process_bytes, figure == "stream_peak")
-            found[figure] = (sum(terms.values()), value)
+        with suppress(Unpredicted):
+            if figure in counts:
+                found[figure] = (counts[figure](), value)
     return found
 
 
@@ -77,13 +81,10 @@ def learn(machine: Machine, runs: Sequence[dict[str, Any]]) -> Experience:
     timed: dict[str, list[Run]] = {}
     pairs: dict[str, list[tuple[str, float, float]]] = {}
     for run in runs:
-        try:
-            figures = figures_of(run, machine)
-        except Unpredicted:
-            continue
-        for figure, (counts, measured) in figures.items():
+        for figure, (counts, measured) in figures_of(run, machine).items():
             if figure in FITS:
-                timed.setdefault(FITS[figure], []).append(Run(f"{run['name']} {figure}", run["shape"]["name"], counts, measured))
+                one = Run(f"{run['name']} {figure}", run["shape"]["name"], counts, measured)
+                timed.setdefault(FITS[figure], []).append(one)
             else:
                 pairs.setdefault(figure, []).append((run["name"], measured, counts))
     for group in timed.values():
@@ -91,9 +92,8 @@ def learn(machine: Machine, runs: Sequence[dict[str, Any]]) -> Experience:
             name, figure = run.name.rsplit(" ", 1)
             pairs.setdefault(figure, []).append((name, run.seconds, predicted))
     sizes = [run["shape"]["hidden"] for run in runs] or [0]
-    return Experience(
-        {name: fit_runs(group) for name, group in timed.items()}, pairs, (min(sizes), max(sizes)), machine.measured if runs else ""
-    )
+    fits = {name: fit_runs(group) for name, group in timed.items()}
+    return Experience(fits, pairs, (min(sizes), max(sizes)), machine.measured if runs else "")
 
 
 def read_experience(machine: Machine, root: Path) -> Experience:

@@ -10,7 +10,7 @@ from qlib.blockwise import Step, reads, wants_targets
 from qlib.compress import WALKED, stages
 from qlib.evaluate.footprint import BF16
 from qlib.predict.anatomy import Anatomy
-from qlib.predict.costs import Text, Unpredicted
+from qlib.predict.counts import Text, Unpredicted
 from qlib.predict.outcome import Outcome, after, start
 from qlib.predict.sizes import held_bytes, model_bytes
 from qlib.recipe import pass_name

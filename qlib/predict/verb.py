@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from qlib.params import Strategy, load_strategy
 from qlib.params.strategy import Calibration
 from qlib.paths import find_root
 from qlib.predict.anatomy import empty_subject, read_anatomy
-from qlib.predict.costs import Text, Unpredicted, compress_columns, decode_columns, prefill_columns
+from qlib.predict.counts import Text, Unpredicted
 from qlib.predict.experience import Experience, outcome_of, read_experience
 from qlib.predict.machine import Machine, this_machine
 from qlib.predict.memory import peak_terms
 from qlib.predict.outcome import Outcome
+from qlib.predict.passes import compress_columns
 from qlib.predict.sizes import cache_bytes_per_token, disk_bytes, model_bytes
+from qlib.predict.tokens import decode_columns, prefill_columns
 from qlib.recipe import read_recipe
 from qlib.refuse import check_recipe
 
@@ -115,18 +118,13 @@ def predict(
         figures[figure], terms[figure] = _memory(figure, anatomy, steps, text, machine, learnt, streamed)
     tokens = {"decode_seconds": (decode_columns, context), "prefill_seconds": (prefill_columns, PROMPT)}
     for figure, (count, told) in tokens.items():
-        figures[figure] = _time(figure, "tokens", lambda: _known(outcome) and count(outcome, machine, told), learnt)
-    figures["compress_seconds"] = _time("compress_seconds", "compress", lambda: compress_columns(anatomy, steps, text, machine), learnt)
+        figures[figure] = _time(figure, "tokens", partial(count, outcome, machine, told), learnt)
+    told = partial(compress_columns, anatomy, steps, text, machine)
+    figures["compress_seconds"] = _time("compress_seconds", "compress", told, learnt)
     outside = learnt.hidden[1] and not learnt.hidden[0] <= anatomy.config.hidden_size <= learnt.hidden[1]
     words = f"runs of {learnt.measured}, hidden sizes {learnt.hidden[0]} to {learnt.hidden[1]}" if learnt.measured else ""
     words += ", which this model lies outside of" if outside else ""
     return Prediction(model, name, machine.name, machine.measured, words, figures, _fits(figures, machine, context), terms)
-
-
-def _known(outcome: Outcome) -> Outcome:
-    if outcome.unknown:
-        raise Unpredicted(outcome.unknown)
-    return outcome
 
 
 def _sizes(outcome: Outcome) -> dict[str, Estimate]:
@@ -135,7 +133,9 @@ def _sizes(outcome: Outcome) -> dict[str, Estimate]:
     if outcome.unknown:
         return {name: Estimate(None, "bytes", why=outcome.unknown) for name in ("disk_bytes", "resident_bytes")} | figures
     disk, held = disk_bytes(outcome), model_bytes(outcome)
-    on_disk = Estimate(disk, "bytes", None, disk, BOUND, outcome.bound) if outcome.bound else Estimate(disk, "bytes", disk, disk, EXACT)
+    on_disk = Estimate(disk, "bytes", disk, disk, EXACT)
+    if outcome.bound:
+        on_disk = Estimate(disk, "bytes", None, disk, BOUND, outcome.bound)
     return {"disk_bytes": on_disk, "resident_bytes": Estimate(held, "bytes", held, held, EXACT)} | figures
 
 

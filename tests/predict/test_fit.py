@@ -16,7 +16,8 @@ def runs(noise=0.0):
     for group in range(4):
         for number in range(3):
             counts = dict(zip(TRUE, random.uniform(0.01, 2.0, 3) * 10.0**group))
-            seconds = sum(TRUE[name] * count for name, count in counts.items()) * math.exp(noise * random.standard_normal())
+            seconds = sum(TRUE[name] * count for name, count in counts.items())
+            seconds *= math.exp(noise * random.standard_normal())
             found.append(Run(f"{group}-{number}", f"shape {group}", counts, seconds))
     return found
 
@@ -28,7 +29,8 @@ def test_exact_factors_are_found_over_sizes_that_differ_a_thousandfold():
 def test_factors_are_those_of_a_general_solver_for_nonnegative_least_squares():
     from scipy.optimize import nnls
 
-    made = [Run(run.name, run.group, run.columns | {"never": 0.3 * run.columns["calls"] + 1e-3}, run.seconds) for run in runs(0.3)]
+    more = [run.columns | {"never": 0.3 * run.columns["calls"] + 1e-3} for run in runs(0.3)]
+    made = [Run(run.name, run.group, columns, run.seconds) for run, columns in zip(runs(0.3), more)]
     names = sorted(made[0].columns)
     shares = np.array([[run.columns[name] / run.seconds for name in names] for run in made])
     expected = dict(zip(names, nnls(shares, np.ones(len(made)))[0]))

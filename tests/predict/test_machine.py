@@ -49,8 +49,10 @@ def test_a_file_that_is_not_there_is_refused_with_the_nearest_machine():
 
 
 def test_shipped_machines_can_be_read_and_name_their_source():
+    assert "a100-80g" in shipped_machines()
     for name in shipped_machines():
-        assert read_machine(name).rate("read") > 0 and "http" in read_machine(name).measured or "nvidia.com" in read_machine(name).measured
+        machine = read_machine(name)
+        assert machine.rate("read") > 0 and "data sheet" in machine.measured
 
 
 def test_a_machine_is_measured_once_and_again_if_asked(monkeypatch, tmp_path):
@@ -60,7 +62,7 @@ def test_a_machine_is_measured_once_and_again_if_asked(monkeypatch, tmp_path):
     monkeypatch.setattr(machines, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(rates, "measure_rates", lambda device: asked.append(device) or {"read": {0: float(len(asked))}})
     monkeypatch.setattr(rates, "process_bytes", lambda: 5)
-    assert [this_machine().rate("read"), this_machine().rate("read"), this_machine(fresh=True).rate("read")] == [1, 1, 2]
+    assert [one.rate("read") for one in (this_machine(), this_machine(), this_machine(fresh=True))] == [1, 1, 2]
     with pytest.raises(UserError, match="--device: 'gpu' is unknown; allowed: cpu, cuda"):
         this_machine("gpu")
 

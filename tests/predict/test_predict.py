@@ -9,11 +9,13 @@ import pytest
 from qlib import cli
 from qlib.errors import UserError
 from qlib.predict import predict, published_72b
-from qlib.predict.costs import Text, compress_columns, decode_columns, prefill_columns
+from qlib.predict.counts import Text
 from qlib.predict.experience import learn, outcome_of
 from qlib.predict.anatomy import read_anatomy
 from qlib.predict.machine import KINDS, Machine, read_machine
 from qlib.predict.memory import peak_terms
+from qlib.predict.passes import compress_columns
+from qlib.predict.tokens import decode_columns, prefill_columns
 from qlib.models.shapes import Shape
 from qlib.recipe import read_recipe
 
@@ -23,8 +25,9 @@ TEXT = Text(32768, 256)
 
 
 def machine(**changes):
-    told = {"name": "test", "device": "cpu", "threads": 2, "memory_bytes": 24 * 10**9, "process_bytes": 3 * 10**8, "measured": "never"}
-    return Machine(**{"rates": {kind: {0: 1e9} for kind in KINDS}} | told | changes)
+    sizes = {"memory_bytes": 24 * 10**9, "process_bytes": 3 * 10**8}
+    told = {"name": "test", "device": "cpu", "threads": 2, "measured": "never", "rates": {kind: {0: 1e9} for kind in KINDS}}
+    return Machine(**told | sizes | changes)
 
 
 def small(hidden, layers=2):
@@ -45,6 +48,16 @@ def test_a_token_reads_every_byte_once():
         assert columns[f"decode {kernel}: bytes"] * 1e9 == pytest.approx(size + (3.2e9 if kernel == "bf16" else 0), rel=0.01)
     prompt = prefill_columns(outcome_of(anatomy, []), here, 256)
     assert prompt["prefill bf16: products"] * 1e9 == pytest.approx(2 * 256 * 80 * anatomy.linear_weights)
+
+
+def test_a_head_of_codes_is_read_as_codes_and_what_was_never_timed_has_no_time():
+    anatomy, here = read_anatomy("qwen-72b"), machine()
+    plain, ends = (decode_columns(outcome_of(anatomy, GPTQ + more), here, 256) for more in ([], [{"pass": "ends"}]))
+    read = (plain["decode bf16: bytes"] - ends["decode bf16: bytes"]) * 1e9
+    assert read == pytest.approx(2 * 152064 * 8192)
+    assert ends["decode Int8Linear: bytes"] * 1e9 == pytest.approx(152064 * (8192 + 2))
+    figures = predict("qwen-72b", [{"pass": "kv_cache"}], here, root=ROOT).figures
+    assert "cache of codes is not timed" in figures["decode_seconds"].why
 
 
 def test_gptq_counts_its_hessians_factors_and_what_is_handed_on():
@@ -89,7 +102,7 @@ def test_times_of_a_shape_come_from_runs_of_others_and_carry_their_band():
     found = predict("qwen-72b", [{"pass": "rtn"}], machine(runs=runs), root=ROOT)
     assert found.figures["decode_seconds"].value is None and "decode Int4Linear" in found.figures["decode_seconds"].why
     assert "which this model lies outside of" in found.learnt
-    bf16 = predict("qwen-72b", [{"pass": "kv_cache"}], machine(runs=runs), root=ROOT).figures["decode_seconds"]
+    bf16 = predict("qwen-72b", [{"pass": "magnitude"}], machine(runs=runs), root=ROOT).figures["decode_seconds"]
     assert bf16.low <= bf16.value <= bf16.high and bf16.value == pytest.approx(1.5 * 144.5, rel=0.2)
 
 
@@ -123,7 +136,7 @@ def test_recipes_that_cannot_work_are_refused_as_everywhere():
 
 def test_published_figures_lie_above_the_floor_of_their_hardware():
     a100 = read_machine("a100-80g")
-    recipes = {"bf16": [{"pass": "kv_cache"}], "int8": [{"pass": "rtn", "bits": 8, "group_size": None}], "int4": GPTQ}
+    recipes = {"bf16": [{"pass": "magnitude"}], "int8": [{"pass": "rtn", "bits": 8, "group_size": None}], "int4": GPTQ}
     for row in published_72b():
         found = predict("qwen-72b", recipes[row["format"]], a100, root=ROOT, context=1024).figures
         assert found["decode_seconds"].low < 1 / row["tokens_per_second"]

@@ -32,7 +32,8 @@ def published():
 @pytest.mark.parametrize("record", published())
 def test_every_published_strategy_has_the_bytes_that_are_predicted(record):
     outcome = outcome_of(read_anatomy(record["model"]), record["params"]["recipe"])
-    disk, held, cache = (record["measurements"][f"size.{name}"]["value"] for name in ("disk_bytes", "resident_bytes", "kv_bytes_per_token"))
+    names = ("disk_bytes", "resident_bytes", "kv_bytes_per_token")
+    disk, held, cache = (record["measurements"][f"size.{name}"]["value"] for name in names)
     assert cache_bytes_per_token(outcome) == cache
     if outcome.unknown:
         assert "chosen by measuring" in outcome.unknown
@@ -44,6 +45,7 @@ def test_every_published_strategy_has_the_bytes_that_are_predicted(record):
         assert disk_bytes(outcome) == disk
 
 
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
 GROUP = {"bits": 4, "group_size": 32}
 RECIPES = {
     "plain": [],
@@ -57,7 +59,8 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("kind, tied", [("qwen2", False), ("qwen2", True), ("qwen3", True), ("llama", False), ("mistral", False)])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [False, True])
 def test_every_architecture_is_saved_with_the_bytes_that_are_predicted(model_folder, kind, tied, recipe):
     folder = model_folder(kind, tied)
     outcome, subject = outcome_of(read_anatomy(str(folder)), recipe), load(str(folder))
@@ -70,7 +73,8 @@ def test_every_architecture_is_saved_with_the_bytes_that_are_predicted(model_fol
 @pytest.mark.parametrize("name", ["qwen-72b", "qwen2.5-0.5b"])
 def test_sizes_of_true_shapes_are_those_of_the_speed_records(name):
     shape = find_shape(name)
-    for format, recipe in {"bf16": [], "int4-g128": [{"pass": "gptq"}], "int8": [{"pass": "rtn", "bits": 8, "group_size": None}]}.items():
+    recipes = {"bf16": [], "int4-g128": [{"pass": "gptq"}], "int8": [{"pass": "rtn", "bits": 8, "group_size": None}]}
+    for format, recipe in recipes.items():
         outcome, sizes = outcome_of(read_anatomy(name), recipe), shape_footprint(shape, format)
         data = sum(dtype.itemsize * size.numel() for dtype, size in _tensors(outcome))
         assert data == sizes["size.disk_bytes"]["value"]
@@ -95,7 +99,8 @@ def test_narrow_and_short_models():
 def test_an_original_qwen_counts_as_the_qwen2_it_becomes(tmp_path):
     config = {
         "model_type": "qwen", "vocab_size": 152064, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "intermediate_size": 49152, "seq_length": 32768, "rotary_emb_base": 1000000, "use_dynamic_ntk": False, "use_logn_attn": False,
+        "intermediate_size": 49152, "seq_length": 32768, "rotary_emb_base": 1000000, "use_dynamic_ntk": False,
+        "use_logn_attn": False,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert model_bytes(outcome_of(read_anatomy(str(tmp_path)), [])) == model_bytes(outcome_of(read_anatomy("qwen-72b"), []))
@@ -111,7 +116,8 @@ def test_an_original_qwen_counts_as_the_qwen2_it_becomes(tmp_path):
     ],
 )
 def test_what_a_configuration_lacks_is_named(tmp_path, changes, words):
-    config = {"model_type": "qwen2", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"model_type": "qwen2", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4}
     config = {name: value for name, value in (config | changes).items() if value is not ...}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError) as error:

@@ -1,110 +1,23 @@
-"""What each pass, and each token, has to do, as counts: in the seconds they would take at the full rates of a machine.
+"""What each pass has to do, in the seconds it would take at the full rates of a machine.
 
-A count is a column of the fit (`qlib.predict.fit`), which says how many times longer it really takes. Passes are found by
-name in `PASSES`; one that is not there is not predicted. Shapes: t tokens, a linear is `[out, in]` with W = out x in weights.
+Passes are found by name in `PASSES`; one that is not there is not predicted. A linear is `[out, in]`, W = out x in weights.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from qlib.blockwise import Step, reads, wants_targets
 from qlib.compress import WALKED, stages
-from qlib.evaluate.footprint import BF16
-from qlib.layers.packing import layer_class
 from qlib.predict.anatomy import Anatomy
+from qlib.predict.counts import PRODUCTS, Columns, Text, Unpredicted, attention_seconds, full_rate, kernel_of
 from qlib.predict.machine import Machine
-from qlib.predict.outcome import Held, Outcome, after, start
-from qlib.predict.sizes import held_bytes
+from qlib.predict.outcome import Outcome, after, start
 from qlib.recipe import pass_name
 from qlib.transforms.awq import CUTS, FEW_CUTS
 
-__all__ = ["Text", "Unpredicted", "compress_columns", "decode_columns", "prefill_columns", "PASSES"]
-
-Columns = Counter  # name of a column -> seconds at full rate
-#: Rate at which many rows are multiplied with a packed weight.
-PRODUCTS = {"Int4Linear": "int4", "Int8Linear": "int8", "Int8DynamicLinear": "int8-a8"}
-
-
-class Unpredicted(Exception):
-    """Says in a few words why there is no prediction."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """Calibration text: `tokens` in windows of `length`, `rows` windows in a batch."""
-
-    tokens: int
-    length: int
-    rows: int = 16
-
-    @property
-    def batch(self) -> int:
-        """Tokens of a batch."""
-        return min(self.tokens, self.rows * self.length)
-
-
-def kernel_of(held: Held, shape: tuple[int, int]) -> str:
-    """What multiplies with a linear that is held so: the class of its packed layer, or bf16."""
-    return "bf16" if held.grid is None else layer_class(held.grid, *shape).__name__
-
-
-def _seconds(machine: Machine, kind: str, count: float, size: float = 0) -> float:
-    rate = machine.rate(kind, size)
-    if rate is None:
-        raise Unpredicted(f"the machine's rate of {kind} is not known")
-    return count / rate
-
-
-def decode_columns(outcome: Outcome, machine: Machine, context: int) -> Columns:
-    """One token behind `context` others: all bytes are read once, by kernel; calls take time of their own."""
-    found = Columns()
-    anatomy = outcome.anatomy
-    for block in outcome.held:
-        for name, held in block.items():
-            kernel = kernel_of(held, anatomy.linears[name])
-            found[f"decode {kernel}: bytes"] += _seconds(machine, "read", held_bytes(held, anatomy.linears[name]))
-            found[f"decode {kernel}: calls"] += 1 / (machine.rate("calls") or 1.0)
-    found["decode bf16: bytes"] += _seconds(machine, "read", _cached(anatomy, context) + _small(anatomy) + _head(anatomy))
-    return found
-
-
-def prefill_columns(outcome: Outcome, machine: Machine, tokens: int) -> Columns:
-    """A prompt of so many tokens; logits of the last one alone."""
-    found, anatomy = Columns(), outcome.anatomy
-    for block in outcome.held:
-        for name, held in block.items():
-            shape = anatomy.linears[name]
-            kernel = kernel_of(held, shape)
-            kind = "bf16" if kernel == "bf16" else PRODUCTS.get(kernel)
-            if kind is None:
-                raise Unpredicted(f"no rate is measured for the products of {kernel}")
-            kind = kind if kind in machine.rates else "bf16"
-            found[f"prefill {kernel}: products"] += _seconds(machine, kind, 2.0 * tokens * math.prod(shape), min(shape))
-            found[f"prefill {kernel}: calls"] += 1 / (machine.rate("calls") or 1.0)
-    found["prefill: attention"] = _attention(anatomy, machine, tokens, tokens) * anatomy.layers
-    found["decode bf16: bytes"] = _seconds(machine, "read", _head(anatomy))
-    return found
-
-
-def _cached(anatomy: Anatomy, context: int) -> int:
-    return BF16 * anatomy.layers * 2 * anatomy.kv_heads * anatomy.head_dim * (context + 1)
-
-
-def _small(anatomy: Anatomy) -> int:
-    return BF16 * anatomy.layers * sum(math.prod(shape) for shape in anatomy.block.values() if len(shape) == 1)
-
-
-def _head(anatomy: Anatomy) -> int:
-    return BF16 * anatomy.config.hidden_size * (anatomy.config.vocab_size + 1)
-
-
-def _attention(anatomy: Anatomy, machine: Machine, tokens: int, length: int) -> float:
-    """Products of queries with keys, and of weights with values, each query with half of the keys."""
-    width = anatomy.linears["self_attn.q_proj"][0]
-    return _seconds(machine, "bf16", 2.0 * tokens * length * width, anatomy.head_dim)
+__all__ = ["compress_columns", "PASSES", "Task"]
 
 
 def compress_columns(anatomy: Anatomy, steps: list[Step], text: Text, machine: Machine) -> Columns:
@@ -136,7 +49,7 @@ def _walk(before: Outcome, behind: Outcome, group: list[Step], text: Text, machi
         for name, held in behind.held[number].items():
             if held.grid and before.held[number][name].grid is None:
                 weights = math.prod(anatomy.linears[name])
-                found[f"pack {kernel_of(held, anatomy.linears[name])}"] += _seconds(machine, "elementwise", weights)
+                found[f"pack {kernel_of(held, anatomy.linears[name])}"] += full_rate(machine, "elementwise", weights)
     if not any(reads(module, options) for module, options in group):
         return found
     feeds = sum(module.SCOPE == "block" for module, options in group if reads(module, options))
@@ -154,9 +67,9 @@ def _forward(anatomy: Anatomy, text: Text, machine: Machine, runs: int, kind: st
     products = 2.0 * text.tokens * anatomy.linear_weights
     kind = kind if kind in machine.rates else "bf16"
     return Columns({
-        f"walk {kind}: products": runs * _seconds(machine, kind, products, hidden),
-        "walk: attention": runs * _attention(anatomy, machine, text.tokens, text.length),
-        "walk: numbers": runs * _seconds(machine, "elementwise", text.tokens * (8.0 * hidden + 3.0 * ffn)),
+        f"walk {kind}: products": runs * full_rate(machine, kind, products, hidden),
+        "walk: attention": runs * attention_seconds(anatomy, machine, text.tokens, text.length),
+        "walk: numbers": runs * full_rate(machine, "elementwise", text.tokens * (8.0 * hidden + 3.0 * ffn)),
     })  # fmt: skip
 
 
@@ -180,11 +93,11 @@ class Task:
         return [self.anatomy.linears[names[0]][1] for names in self.anatomy.groups]
 
     def numbers(self, count: float) -> float:
-        return _seconds(self.machine, "elementwise", count)
+        return full_rate(self.machine, "elementwise", count)
 
     def products(self, kind: str, counts: list[tuple[float, int]]) -> float:
         """Seconds of one product for each of (FLOP, width), in every block."""
-        return self.anatomy.layers * sum(_seconds(self.machine, kind, count, size) for count, size in counts)
+        return self.anatomy.layers * sum(full_rate(self.machine, kind, count, size) for count, size in counts)
 
 
 def _hessians(task: Task) -> Columns:
@@ -245,7 +158,7 @@ def _signround(task: Task) -> Columns:
     tokens = float(options.iterations * options.batch * task.text.length)
     products = 6 * tokens * task.weights
     return Columns({
-        "signround: products": _seconds(task.machine, "bf16", products, task.anatomy.config.hidden_size),
+        "signround: products": full_rate(task.machine, "bf16", products, task.anatomy.config.hidden_size),
         "signround: weights": task.numbers(options.iterations * task.weights),
     })  # fmt: skip
 
