@@ -1,10 +1,10 @@
 """Runs that predictions are fitted to and held against: small models of random weights, each in a process of its own."""
 
-import json
 import multiprocessing
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from qlib.models.shapes import Shape
 
-__all__ = ["Job", "compress_once", "stream_once", "apart"]
+__all__ = ["Job", "apart", "compress_once", "stream_once", "write_model"]
 
 ROWS = 16  # windows of a batch, as in `qlib.data.calibration`
 
@@ -35,8 +35,16 @@ class Job:
 
 def apart(job: Job) -> Job:
     """Run a job in a fresh process, whose memory holds nothing of what ran before, and return it with its figures."""
+    if not job.streamed:
+        return _apart(compress_once, job)
+    with tempfile.TemporaryDirectory() as temporary:
+        _apart(write_model, job.shape, Path(temporary) / "model")
+        return _apart(stream_once, job, Path(temporary))
+
+
+def _apart(work: Callable[..., Any], *told: Any) -> Any:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(stream_once if job.streamed else compress_once, (job,))
+        return pool.apply(work, told)
 
 
 def _windows(job: Job) -> list[torch.Tensor]:
@@ -64,21 +72,22 @@ def compress_once(job: Job) -> Job:
     figures = {"compress_seconds": seconds, "compress_peak": found.measurements["compress.peak_rss_bytes"].value}
     sizes = {name: one if isinstance(one, dict) else asdict(one) for name, one in sizes.items()}
     figures |= {"disk": sizes["size.disk_bytes"]["value"], "resident": sizes["size.resident_bytes"]["value"]}
-    return Job(job.shape, job.recipe, job.tokens, job.length, job.streamed, figures)
+    return replace(job, measured=figures)
 
 
-def stream_once(job: Job) -> Job:
-    """Seconds and peak memory of compressing a checkpoint on disk block by block."""
+def write_model(shape: Shape, folder: Path) -> None:
+    """A checkpoint for `stream_once`."""
+    subject = _subject(shape)
+    subject.model.save_pretrained(folder)
+    subject.tokenizer.save_pretrained(folder)
+
+
+def stream_once(job: Job, folder: Path) -> Job:
+    """Seconds and peak memory of compressing the checkpoint in `folder`/model block by block."""
     from qlib.evaluate.memory import track_peak
     from qlib.stream.run import stream
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, subject = Path(temporary) / "model", _subject(job.shape)
-        subject.model.save_pretrained(folder)
-        subject.tokenizer.save_pretrained(folder)
-        del subject
-        windows, begun = _windows(job), time.perf_counter()
-        with track_peak() as peak:
-            stream(str(folder), job.recipe, Path(temporary) / "out", windows)
-        figures = {"stream_seconds": time.perf_counter() - begun, "stream_peak": peak.bytes}
-    return Job(job.shape, job.recipe, job.tokens, job.length, job.streamed, figures)
+    windows, begun = _windows(job), time.perf_counter()
+    with track_peak() as peak:
+        stream(str(folder / "model"), job.recipe, folder / "out", windows)
+    return replace(job, measured={"stream_seconds": time.perf_counter() - begun, "stream_peak": peak.bytes})

@@ -25,8 +25,10 @@ SLICE = 2**23
 #: In a model in memory freed blocks of up to so many bytes stay in the process: larger ones do not find room there.
 KEPT = 32 * 2**20
 #: Numbers of each token that a block holds at once while it runs: residual, normed, queries, keys, values and what attention
-#: makes of them, each as wide as a hidden state; in the FFN gate, its activation, up and product.
+#: makes of them, each as wide as a hidden state; in the FFN gate, its activation, up and product. Where freed memory is given
+#: back, as streams do, about half of the former and all but one of the latter are there at the same time.
 HIDDEN_STATES, FFN_STATES = 6, 4
+HIDDEN_AT_ONCE, FFN_AT_ONCE = 3, 3
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,28 @@ def _walk(anatomy: Anatomy, group: list[Step], text: Text, kept: int) -> dict[st
     terms, feeding, left = {}, {}, 0
     if reading:
         hidden, ffn = anatomy.linears["mlp.down_proj"]
-        states = {BF16 * text.batch * hidden: HIDDEN_STATES, BF16 * text.batch * ffn: FFN_STATES}
         terms["hidden states"] = BF16 * text.tokens * hidden * (3 if wants_targets(group) else 2)
-        feeding["a batch in a block"] = sum(size * count for size, count in states.items())
-        feeding["its inputs in fp32"] = text.batch * max(ffn, hidden) * max(one.inputs for one in reading)
+        widest = text.batch * max(ffn, hidden) * max(one.inputs for one in reading)
+        feeding = _feeding(BF16 * text.batch * hidden, BF16 * text.batch * ffn, widest, kept > 0)
         feeding["Hessians"] = sum(matrices)
-        left = sum(size * count for size, count in states.items() if size <= kept)
+        left = sum(size for size in (BF16 * text.batch * hidden,) * HIDDEN_STATES if size <= kept)
+        left += sum(size for size in (BF16 * text.batch * ffn,) * FFN_STATES if size <= kept)
     solving = max((_solving(anatomy, works, matrices, place, left) for place in range(len(matrices))), key=_total)
     return terms | max(feeding, solving, key=_total)
+
+
+def _feeding(hidden: int, ffn: int, inputs: int, kept: bool) -> dict[str, int]:
+    """A batch on its way through a block.
+
+    Args:
+        hidden, ffn: bytes of its hidden states, and of one of the FFN's. inputs: of the widest in fp32.
+        kept: freed blocks stay, so that what is there one after the other adds up.
+    """
+    if kept:
+        return {"a batch in a block": HIDDEN_STATES * hidden + FFN_STATES * ffn, "its inputs in fp32": inputs}
+    running = {"a batch in a block": HIDDEN_AT_ONCE * hidden + FFN_AT_ONCE * ffn}
+    fed = {"a batch in a block": hidden + ffn, "its inputs in fp32": inputs}
+    return max(running, fed, key=_total)
 
 
 def _solving(anatomy: Anatomy, works: list[Work], matrices: list[int], place: int, left: int) -> dict[str, int]:
