@@ -12,6 +12,7 @@ from qlib.errors import UserError
 from qlib.export.command import add_command as add_export
 from qlib.params import schema
 from qlib.paths import find_root, write_atomic
+from qlib.predict.command import add_command as add_predict
 from qlib.report.command import add_commands as add_report
 from qlib.runs.command import add_command as add_run
 from qlib.runs.look import add_commands as add_look
@@ -34,6 +35,8 @@ EXAMPLES = """examples:
                                                 its model as transformers and vLLM load it (gguf: llama.cpp)
   qlib stream gptq-int4 --model ./qwen-72b --output ./qwen-72b-int4
                                                 a model larger than the memory, block by block, from disk to disk
+  qlib predict --model qwen-72b --recipe gptq-int4
+                                                sizes, memory and times before anything is run
   qlib tools install gptqmodel auto-round       outside tools to compare with, each in its own environment
 
 exit codes: 0 ok, 1 a strategy failed, 2 bad input, 130 interrupted (the same command goes on from there)"""
@@ -57,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add_report(commands, **style)
     add_look(commands, **style)
     add_stream(commands, **style)
+    add_predict(commands, **style)
     add_export(commands, **style)
     add_tools(commands, **style)
     add_bench(commands, **style)
