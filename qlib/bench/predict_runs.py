@@ -1,15 +1,14 @@
 """Runs that predictions are fitted to and held against: small models of random weights, each in a process of its own."""
 
-import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qlib.bench.child import in_child
 from qlib.models.shapes import Shape
 
 __all__ = ["Job", "apart", "compress_once", "stream_once", "write_model"]
@@ -36,15 +35,10 @@ class Job:
 def apart(job: Job) -> Job:
     """Run a job in a fresh process, whose memory holds nothing of what ran before, and return it with its figures."""
     if not job.streamed:
-        return _apart(compress_once, job)
+        return in_child(compress_once, job)
     with tempfile.TemporaryDirectory() as temporary:
-        _apart(write_model, job.shape, Path(temporary) / "model")
-        return _apart(stream_once, job, Path(temporary))
-
-
-def _apart(work: Callable[..., Any], *told: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, told)
+        in_child(write_model, job.shape, Path(temporary) / "model")
+        return in_child(stream_once, job, Path(temporary))
 
 
 def _windows(job: Job) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ from qlib.recipe import pass_name
 __all__ = ["peak_terms", "WORK", "Work"]
 
 FP32 = 4
-#: Weights of linears that are solved as one at most; and of one, whose rows are solved in parts.
+#: Weights of linears that are solved as one, at most.
 LARGE = 2**27
 #: Scores among which the lowest are found at a time.
 SLICE = 2**23
@@ -41,7 +41,7 @@ class Work:
             group's is there once.
         inputs: bytes for each number of a batch of inputs that is fed.
         per_score: bytes for each of the scores that are sorted at a time.
-        together: linears that read the same inputs are solved as one. in_parts: rows of a large one are not.
+        together: linears that read the same inputs are solved as one.
     """
 
     per_weight: int = 0
@@ -49,13 +49,12 @@ class Work:
     inputs: int = 0
     per_score: int = 0
     together: bool = False
-    in_parts: bool = False
 
 
 #: Name of a pass -> what it holds. gptq: weights, errors, what moved, and a copy that is turned, each in fp32.
 WORK = {
-    "rtn": Work(12), "hqq": Work(12), "magnitude": Work(30), "wanda": Work(13, per_score=16),
-    "gptq": Work(16, 2, 4, together=True, in_parts=True), "sparsegpt": Work(18, 2, 4), "joint": Work(24, 2, 4),
+    "rtn": Work(3), "hqq": Work(12), "magnitude": Work(10), "wanda": Work(7, per_score=9),
+    "gptq": Work(16, 2, 4, together=True), "sparsegpt": Work(18, 2, 4), "joint": Work(24, 2, 4),
     "awq": Work(48, 1, inputs=16), "smooth": Work(8, inputs=4), "keep_ends": Work(), "kv_cache": Work(), "ends": Work(),
 }  # fmt: skip
 
@@ -143,7 +142,6 @@ def _solving(anatomy: Anatomy, works: list[Work], matrices: list[int], place: in
     sizes = [math.prod(anatomy.linears[name]) for name in anatomy.groups[place]]
     together = all(work.together for work in works) and sum(sizes) <= LARGE
     weights = sum(sizes) if together else max(sizes)
-    weights = min(weights, LARGE) if all(work.in_parts for work in works) else weights
     copies = max(work.hessians for work in works)
     found = {
         "numbers of the weights solved": weights * max(work.per_weight for work in works),

@@ -20,7 +20,7 @@ from qlib.evaluate.whole_model import BASELINE
 from qlib.layers.decode import Decoder
 from qlib.models.shapes import SHAPES, Shape, find_shape
 from qlib.record import Measurement
-from qlib.scale.child import in_child
+from qlib.bench.child import in_child
 from qlib.scale.layer import cost_of
 from qlib.scale.methods import METHODS
 

@@ -18,7 +18,7 @@ from qlib.evaluate.memory import anonymous_bytes
 from qlib.evaluate.timing import exclusive
 from qlib.models.shapes import FFN_STEP, Shape, find_shape
 from qlib.progress import clock
-from qlib.scale.child import in_child
+from qlib.bench.child import in_child
 from qlib.scale.methods import METHODS, Method
 
 __all__ = ["Limits", "Cost", "compress_layer", "foretell", "cost_of", "narrower", "foretold", "VOCAB"]

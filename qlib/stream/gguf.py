@@ -43,11 +43,11 @@ def check(subject: Subject, grids: dict[str, Grid]) -> None:
     Raises:
         UserError: names the tensor and the reason.
     """
-    shape = gguf._shape(subject)
+    shape = gguf.shape_of(subject)
     name = architecture(subject.config.model_type, shape)
-    gguf._rope_factors(subject, name, shape)
+    gguf.rope_factors(subject, name, shape)
     placed: set[int] = set()
-    for tensor, module in gguf._modules(subject.model):
+    for tensor, module in gguf.modules_by_tensor(subject.model):
         placed |= {id(parameter) for parameter in module.parameters()}
         biased = getattr(module, "bias", None) is not None and not tensor.endswith(("attn_q", "attn_k", "attn_v"))
         if biased and name != "llama":
@@ -78,13 +78,13 @@ def _bytes(data: np.ndarray) -> torch.Tensor:
 
 def block_tensors(subject: Subject, index: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The bytes of every tensor of a block by GGUF's names, and their types as an entry of the manifest."""
-    shape, where = gguf._shape(subject), f"{family_of(subject.config).blocks}.{index}"
+    shape, where = gguf.shape_of(subject), f"{family_of(subject.config).blocks}.{index}"
     llama = architecture(subject.config.model_type, shape) == "llama"
     block, tensors, types = dict(subject.model.get_submodule(where).named_modules()), {}, {}
     for path, short in TENSORS.items():
         if (module := block.get(path)) is None:
             continue
-        order = gguf._rotary_order(shape, short) if llama else None
+        order = gguf.rotary_order(shape, short) if llama else None
         weight = module.compressed() if hasattr(module, "compressed") else module.weight.detach()
         name = f"blk.{index}.{short}"
         types[f"{name}.weight"], tensors[f"{name}.weight"] = _encode(weight, f"{where}.{path}", order)
@@ -122,11 +122,11 @@ def write_file(subject: Subject, types: dict[str, str], parts: list[Path], folde
         OSError: it cannot be written.
     """
     entries = {name: entry for part in parts for name, entry in read_header(part).items()}
-    shape, partial = gguf._shape(subject), work / FILE
+    shape, partial = gguf.shape_of(subject), work / FILE
     name = architecture(subject.config.model_type, shape)
     writer = open_file(partial, name, shape)
     write_tokenizer(writer, subject.tokenizer, shape.vocab)
-    factors = gguf._rope_factors(subject, name, shape)
+    factors = gguf.rope_factors(subject, name, shape)
     try:
         for tensor, kind in types.items():
             size = entries[tensor].shape

@@ -7,7 +7,7 @@ from qlib.errors import UserError
 from qlib.evaluate.footprint import shape_footprint
 from qlib.models.shapes import SHAPES, Shape
 from qlib.scale import layer
-from qlib.scale.child import in_child
+from qlib.bench.child import in_child
 from qlib.scale.layer import Cost, Limits, compress_layer, cost_of, foretold, narrower
 from qlib.scale.methods import METHODS, Method
 
