@@ -10,7 +10,6 @@ VERBS = {
     "Estimate": "qlib.predict.verb",
     "this_machine": "qlib.predict.machine",
     "read_machine": "qlib.predict.machine",
-    "published_72b": "qlib.predict.published",
 }
 __all__ = [*VERBS]
 

@@ -84,7 +84,8 @@ def published_table(bandwidth: float = A100_BANDWIDTH) -> Table:
         cells = [Cell(one.model), one.precision, str(one.gpus), one.gigabytes, weights, one.tokens, 1e3 / floor, share]
         rows.append([*cells, Cell(one.setting, (one.source,), kind="how")])
     caption = (
-        "What Qwen's authors publish, and what the hardware allows at best. Weights: by arithmetic, without the cache. At "
+        "What Qwen's authors publish, and what the hardware allows at best. Weights: by arithmetic, without the cache. "
+        "Memory is printed as GB; bf16's weights and the cache of 2,048 tokens would not fit, so it is probably GiB. At "
         f"best: the weights read once for every token at {bandwidth:,} GB/s, the bandwidth of one A100; the layers lie "
         "behind one another, so that a second GPU holds more but makes a token no faster."
     )

@@ -32,7 +32,7 @@ def publish(hub, folder, output):
 
 
 def streamed(hub, model, output, recipe=GPTQ, **job):
-    options = {name: job.pop(name) for name in ("seed", "mapped", "revision") if name in job}
+    options = {name: job.pop(name) for name in ("seed", "mapped", "revision", "format") if name in job}
     return hub.run(stream={"model": model, "recipe": recipe, "output": output} | options, **job)
 
 
@@ -65,6 +65,16 @@ def test_it_becomes_what_the_folder_would_and_few_shards_are_on_disk(hub, served
     assert "shards, " in text and not (tmp_path / "streamed" / ".stream").exists()
     code, text = streamed(hub, folder, tmp_path / "local", mapped=mapped)
     assert code == 0, text
+    assert without_manifest(tmp_path / "streamed") == without_manifest(tmp_path / "local")
+
+
+@pytest.mark.parametrize("format", ("gptq", "gguf", "compressed_tensors"))
+def test_every_format_is_what_the_folder_would_become(hub, served, tmp_path, format):
+    folder, name, repository = served()
+    for model, output in ((name, "streamed"), (folder, "local")):
+        code, text = streamed(hub, model, tmp_path / output, format=format)
+        assert code == 0, text
+    assert repository.on_disk <= 3
     assert without_manifest(tmp_path / "streamed") == without_manifest(tmp_path / "local")
 
 
