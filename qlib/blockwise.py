@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qlib.layers import PackedLinear, pack
+from qlib.layers.held import HeldLinear
 from qlib.models.families import family_of
 from qlib.prune.mask import PrunedWeight, mark_pruned, mask_of, put_pruned
 from qlib.quantize.grid import rows_at_once
@@ -18,6 +19,8 @@ from qlib.walk import Visit, feed_groups
 __all__ = ["Step", "compress_block", "wants_targets", "reads"]
 
 Step = tuple[ModuleType, Any]
+
+LARGE = 2**27  # weights; as many or more are not solved together with others, for the sake of memory
 
 
 def wants_targets(steps: list[Step]) -> bool:
@@ -76,7 +79,7 @@ def _apply_block(visit: Visit, module: ModuleType, options: Any, context: BlockC
                 mark_pruned(packed)
             solved = packed.compressed()
             path = f"{visit.path}.{name}"
-            figures[path] = {"name": path} | _figures(weights[name], solved.dequantize(), solved.grid.name, mask_of(linear))
+            figures[path] = {"name": path} | _figures(weights[name], solved, mask_of(linear))
     return figures
 
 
@@ -92,7 +95,8 @@ def _solve_linears(
         feeds = {names: _feed_all(made) for names, made in statistics.items() if any(made)}
         feed_groups(visit.block, visit.inputs, feeds)
         for names, made in statistics.items():
-            for some, own in _together(names, steps, planned):
+            size = sum(visit.block.get_submodule(name).weight.numel() for name in names)
+            for some, own in _together(names, steps, planned, size):
                 layers |= _solve(visit, some, own, made)
             for statistic in filter(None, made):
                 statistic.free()
@@ -112,12 +116,16 @@ def _feed_all(statistics: list[Any]) -> Callable[[torch.Tensor], None]:
 
 
 def _together(
-    names: tuple[str, ...], steps: list[Step], planned: dict[str, dict[str, Any]]
+    names: tuple[str, ...], steps: list[Step], planned: dict[str, dict[str, Any]], size: int
 ) -> list[tuple[tuple[str, ...], list[Step]]]:
-    """Which linears of a group are solved as one: all, if every pass says ``TOGETHER`` and a plan keeps options alike."""
+    """Which linears of a group are solved as one: all, if every pass says ``TOGETHER`` and a plan keeps options alike.
+
+    Args:
+        size: weights of all.
+    """
     own = {name: [(module, _planned(options, planned[name])) for module, options in steps] for name in names}
     alike = all(one == own[names[0]] for one in own.values())
-    if alike and all(hasattr(module, "TOGETHER") for module, _ in steps):
+    if alike and size <= LARGE and all(hasattr(module, "TOGETHER") for module, _ in steps):
         return [(names, own[names[0]])]
     return [((name,), own[name]) for name in names]
 
@@ -125,46 +133,58 @@ def _together(
 def _solve(visit: Visit, names: tuple[str, ...], steps: list[Step], statistics: list[Any]) -> dict[str, dict[str, Any]]:
     """Solve linears, as one weight, with all steps, each starting from what the one before it left; put results in place."""
     linears = [visit.block.get_submodule(name) for name in names]
-    weight, masks = torch.cat([linear.weight for linear in linears]), [mask_of(linear) for linear in linears]
+    masks = [mask_of(linear) for linear in linears]
     mask = None
     if any(one is not None for one in masks):
-        mask = torch.cat([torch.ones_like(l.weight, dtype=torch.bool) if m is None else m for l, m in zip(linears, masks)])
-    solved, pruned = weight, [one is not None for one in masks]
+        mask = _joined([torch.ones_like(l.weight, dtype=torch.bool) if m is None else m for l, m in zip(linears, masks)])
+    solved, pruned = _joined([linear.weight for linear in linears]), [one is not None for one in masks]
+    result = None
     for (module, options), statistic in zip(steps, statistics):
+        solved = solved if result is None else result.dequantize()
         result = module.solve(solved, options, mask=mask, statistic=statistic)
         if hasattr(module, "PRUNES"):
             mask, pruned = result.mask, [True] * len(linears)
-        solved = result.dequantize()
+    del solved
     layers, first = {}, 0
     for name, linear, masked in zip(names, linears, pruned):
         rows = slice(first, first + len(linear.weight))
         own, kept = result.rows(rows), mask[rows] if masked else None
-        grid = "bf16" if isinstance(own, PrunedWeight) else own.grid.name
-        figures = {"name": f"{visit.path}.{name}"} | _figures(weight[rows], solved[rows], grid, kept)
+        figures = {"name": f"{visit.path}.{name}"} | _figures(linear.weight, own, kept)
         for statistic in filter(None, statistics):
             figures |= getattr(statistic, "notes", {})
         layers[figures["name"]], first = figures, rows.stop
-        _put(visit.block, name, linear, own, kept)
+        _put(visit, name, linear, own, kept)
     return layers
 
 
-def _put(block: nn.Module, name: str, linear: nn.Linear, result: Any, mask: torch.Tensor | None) -> None:
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One below the other; a single one is not copied."""
+    return parts[0].detach() if len(parts) == 1 else torch.cat(parts)
+
+
+def _put(visit: Visit, name: str, linear: nn.Linear, result: Any, mask: torch.Tensor | None) -> None:
     """Write a pruned weight into the linear, or a packed layer into its place."""
     if isinstance(result, PrunedWeight):
         put_pruned(linear, result)
         return
     parent, _, leaf = name.rpartition(".")
-    packed = pack(linear, result)
+    packed = pack(linear, result) if visit.runs else HeldLinear(result, linear.bias)
     if mask is not None:
         mark_pruned(packed)
-    setattr(block.get_submodule(parent), leaf, packed)
+    setattr(visit.block.get_submodule(parent), leaf, packed)
 
 
-def _figures(weight: torch.Tensor, solved: torch.Tensor, grid: str, mask: torch.Tensor | None) -> dict[str, Any]:
+def _figures(weight: torch.Tensor, solved: Any, mask: torch.Tensor | None) -> dict[str, Any]:
     """What the record tells of a linear: its format, the relative error of its weight, the share that was kept."""
-    pairs = zip(solved.split(rows_at_once(weight)), weight.split(rows_at_once(weight)))
-    off, whole = (sum(one) for one in zip(*(((a - b.float()).square().sum(), b.float().square().sum()) for a, b in pairs)))
-    return {"grid": grid, "error": (off / whole).sqrt().item(), "kept": 1.0 if mask is None else mask.float().mean().item()}
+    step, off, whole, stayed = rows_at_once(weight), 0.0, 0.0, 0
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        part = weight[rows].float()
+        whole += part.square().sum()
+        off += part.sub_(solved.rows(rows).dequantize()).square().sum()
+        stayed += 0 if mask is None else mask[rows].sum()
+    grid = "bf16" if isinstance(solved, PrunedWeight) else solved.grid.name
+    return {"grid": grid, "error": (off / whole).sqrt().item(), "kept": 1.0 if mask is None else stayed.item() / weight.numel()}
 
 
 def _planned(options: Any, planned: dict[str, Any]) -> Any:

@@ -30,6 +30,7 @@ class Visit:
         index, path: number and name of the block. block: to be changed in place.
         inputs: from the blocks before it as they now are; empty without calibration text.
         targets: this block's outputs `[rows, tokens, hidden]` in the model as it was before the walk, if asked for.
+        runs: whether the block is run once it is compressed; if not, its codes need no kernel's order.
     """
 
     index: int
@@ -37,6 +38,7 @@ class Visit:
     block: nn.Module
     inputs: list[Batch]
     targets: list[torch.Tensor] | None
+    runs: bool = True
 
 
 class Blocks:
@@ -123,9 +125,13 @@ def first_inputs(model: nn.Module, ids: list[torch.Tensor]) -> list[Batch]:
 
 @torch.no_grad()
 def run_block(block: nn.Module, batches: list[Batch]) -> list[Batch]:
-    """Run one block over all batches; older blocks return a tuple, newer ones the hidden states."""
+    """Run one block over all batches; older blocks return a tuple, newer ones the hidden states.
+
+    Hidden states that lie elsewhere, in a mapped file while the block is on a GPU, are brought to the block.
+    """
+    where = next(block.parameters()).device
     with PlainAttention():
-        outputs = [(block(hidden, **kwargs), kwargs) for hidden, kwargs in batches]
+        outputs = [(block(hidden.to(where), **kwargs), kwargs) for hidden, kwargs in batches]
     return [(out[0] if isinstance(out, tuple) else out, kwargs) for out, kwargs in outputs]
 
 

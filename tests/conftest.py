@@ -44,3 +44,34 @@ def model_folder(tmp_path, tiny_model, tokenizer):
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """A hub on this machine, and a program that streams from it: ``hub.add(id, folder)``, ``hub.run(stream={...})``."""
+    import json
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    from hub_server import Hub
+
+    here, server = Path(__file__).parent, Hub()
+    known = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path_factory.mktemp("hub")), "PYTHONPATH": str(here.parent)}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | known
+    command = [sys.executable, str(here / "hub_driver.py")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment | {"OMP_NUM_THREADS": "1"}, **pipes) as driver:
+
+        def run(**job):
+            driver.stdin.write(json.dumps(job, default=str) + "\n")
+            driver.stdin.flush()
+            code, text = json.loads(driver.stdout.readline())
+            return code, text
+
+        server.run = run
+        yield server
+        driver.stdin.close()
+    server.shutdown()
+    server.server_close()

@@ -43,7 +43,7 @@ def root(tmp_path, monkeypatch) -> Path:
     (tmp_path / "text.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("QLIB_CACHE", raising=False)
-    monkeypatch.setattr(cli.signal, "signal", lambda *a: None)
+    monkeypatch.setattr("qlib.runs.command.signal.signal", lambda *a: None)
     monkeypatch.setitem(os.environ, "QLIB_CACHE", str(tmp_path / "cache"))
     return tmp_path
 

@@ -25,8 +25,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").rglob("*.ipynb"))
 #: Parameters whose value in a notebook is an example that a strategy file replaces; others are the schema's defaults.
 EXAMPLES = ("name", "title", "family", "tier", "notebook", "model", "recipe", "formats")
 #: Parameters that notebooks of other families may leave out.
-ONLY = {name: ("speed",) for name in ("prompt_tokens", "context_tokens", "rounds")}
-ONLY |= {"formats": ("speed", "training"), "training": ("training",)}
+ONLY = {name: ("speed", "scale") for name in ("prompt_tokens", "context_tokens", "rounds")}
+ONLY |= {"formats": ("speed", "training", "scale"), "training": ("training",)}
 REPORT = "report.ipynb"
 LESSONS = [file for file in NOTEBOOKS if file.parent.name == "lessons"]
 PROSE_PER_LINE = (5, 20)  # words per line of code of a lesson

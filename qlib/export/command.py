@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qlib.arguments import add_runs, path
 from qlib.errors import UserError, nearest
 from qlib.paths import slug
 
-__all__ = ["add_command"]
+__all__ = ["add_command", "say_whether_vllm_loads", "FORMATS"]
 
 SUMMARY = "write the model of a strategy, or of a folder, in a format that other programs load"
 FORMATS = ("gptq", "compressed_tensors", "gguf", "dense", "packed")
@@ -18,23 +19,18 @@ def add_command(commands: Any, **style: Any) -> None:
     parser = commands.add_parser("export", help=SUMMARY, description=SUMMARY, **style)
     parser.add_argument("name", metavar="NAME", type=_source, help="a strategy that has run, or a folder with a model")
     parser.add_argument("--format", choices=FORMATS, required=True, help="dense is bf16, packed is qlib's own")
-    parser.add_argument("--output", metavar="FOLDER", type=_path, required=True, help="a folder that is not there yet")
+    parser.add_argument("--output", metavar="FOLDER", type=path, required=True, help="a folder that is not there yet")
     parser.add_argument("--model", help="which model the strategy ran on, if on several")
-    parser.add_argument("--runs", metavar="DIR", type=_path, help="folder of the runs (default: reports/runs)")
+    add_runs(parser)
     parser.set_defaults(action=_export)
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser().resolve()
 
 
 def _source(text: str) -> str | Path:
     """A folder with a checkpoint; otherwise it is the name of a strategy, and stays."""
-    return _path(text) if (_path(text) / "config.json").is_file() else text
+    return path(text) if (path(text) / "config.json").is_file() else text
 
 
 def _export(options: argparse.Namespace, root: Path) -> None:
-    from qlib.export.vllm_check import VERSION, problems
     from qlib.models.load import load
     from qlib.models.save import save
     from qlib.prune.mask import is_pruned
@@ -49,10 +45,17 @@ def _export(options: argparse.Namespace, root: Path) -> None:
     if options.format != "packed" and any(map(is_pruned, subject.model.modules())):
         print("its zeros are stored like other weights: no program but qlib reads a file without them")
     if options.format in ("gptq", "compressed_tensors"):
-        found = problems(folder)
-        print(f"vLLM {VERSION}: {'loads it' if not found else 'would refuse it:'}")
-        for line in found:
-            print(f"    {line}")
+        say_whether_vllm_loads(folder)
+
+
+def say_whether_vllm_loads(folder: Path) -> None:
+    """Print it, with all that is against it."""
+    from qlib.export.vllm_check import VERSION, problems
+
+    found = problems(folder)
+    print(f"vLLM {VERSION}: {'loads it' if not found else 'would refuse it:'}")
+    for line in found:
+        print(f"    {line}")
 
 
 def _model_of(name: str, runs: Path, model: str | None) -> Path:

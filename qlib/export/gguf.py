@@ -16,7 +16,7 @@ from qlib.models.load import Subject
 from qlib.models.shapes import Shape
 from qlib.quantize.grid import CompressedWeight
 
-__all__ = ["export", "importance"]
+__all__ = ["export", "importance", "shape_of", "modules_by_tensor", "rotary_order", "rope_factors"]
 
 ACTIVATIONS = "activations are rounded llama.cpp's way, 32 at a time, instead of token by token"
 
@@ -41,7 +41,7 @@ def export(
     """
     path = Path(path)
     path = path if path.suffix == ".gguf" else path / "model.gguf"
-    model, shape, kind = subject.model, _shape(subject), subject.config.model_type
+    model, shape, kind = subject.model, shape_of(subject), subject.config.model_type
     name = architecture(kind, shape)
     notes = ["written as 'llama', which computes the same: llama.cpp's qwen2 has another width of heads"]
     notes = notes if (kind, name) == ("qwen2", "llama") else []
@@ -49,8 +49,8 @@ def export(
     notes += write_tokenizer(writer, subject.tokenizer, shape.vocab)
     written, rounding = set(), 0.0
     try:
-        for tensor, module in _modules(model):
-            order = _rotary_order(shape, tensor) if name == "llama" else None
+        for tensor, module in modules_by_tensor(model):
+            order = rotary_order(shape, tensor) if name == "llama" else None
             weight = module.compressed() if hasattr(module, "compressed") else module.weight.detach()
             where = f"{tensor} ({type(module).__name__})"
             try:
@@ -68,7 +68,7 @@ def export(
             written |= {id(parameter) for parameter in module.parameters()}
         if left := [path for path, parameter in model.named_parameters() if id(parameter) not in written]:
             raise UserError(f"gguf: there is no place for {left[0]}")
-        if (factors := _rope_factors(subject, name, shape)) is not None:
+        if (factors := rope_factors(subject, name, shape)) is not None:
             writer.add_tensor("rope_freqs.weight", factors)
         path.parent.mkdir(parents=True, exist_ok=True)
         writer.write_header_to_file()
@@ -83,7 +83,7 @@ def export(
     }  # fmt: skip
 
 
-def _shape(subject: Subject) -> Shape:
+def shape_of(subject: Subject) -> Shape:
     """The dimensions as GGUF wants them. A sliding window, which llama.cpp would ignore, bounds the context."""
     config = subject.config
     linear = linears_of(subject.model, blocks_of(subject.model)[0])["self_attn.q_proj"]
@@ -103,7 +103,7 @@ def _shape(subject: Subject) -> Shape:
     )
 
 
-def _modules(model: nn.Module):
+def modules_by_tensor(model: nn.Module):
     """Every module with a weight and its tensor's name, without ``.weight``; a tied head is not there."""
     family = family_of(model.config)
     yield "token_embd", model.get_submodule(family.embedding)
@@ -115,14 +115,14 @@ def _modules(model: nn.Module):
         yield "output", model.get_submodule(family.head)
 
 
-def _rotary_order(shape: Shape, tensor: str) -> torch.Tensor | None:
+def rotary_order(shape: Shape, tensor: str) -> torch.Tensor | None:
     """Rows of q and k so that channels rotated together, i and i + half, become neighbours; None for other tensors."""
     heads = {"attn_q": shape.heads, "attn_k": shape.kv_heads}.get(tensor.rpartition(".")[2])
     rows = None if heads is None else torch.arange(heads * shape.head_dim).view(heads, 2, -1)
     return None if rows is None else rows.transpose(1, 2).flatten()
 
 
-def _rope_factors(subject: Subject, name: str, shape: Shape) -> np.ndarray | None:
+def rope_factors(subject: Subject, name: str, shape: Shape) -> np.ndarray | None:
     """What llama.cpp divides the rotary frequencies by, `[head_dim / 2]`; None where they are the plain ones."""
     kind = subject.config.rope_parameters.get("rope_type", "default")
     if kind == "default":

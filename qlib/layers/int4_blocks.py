@@ -18,12 +18,16 @@ __all__ = ["pack", "unpack", "block_rows", "expands_natively", "multiplies_nativ
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
-    """uint8 codes `[out, in]` to uint8 `[out, in / 2]` in the kernel's order, block by block to save memory."""
-    convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-    step = 8 * block_rows() if block_rows() else len(codes)
-    packed = torch.empty(len(codes), codes.shape[1] // 2, dtype=torch.uint8)
-    for start in range(0, len(codes), step):
-        packed[start : start + step] = convert(codes[start : start + step].int(), 1)
+    """uint8 codes `[out, in]` to uint8 `[out, in / 2]` in the kernel's order; torch's own way is slower by half."""
+    rows, (out_features, width) = block_rows(), codes.shape
+    packed = torch.empty(out_features, width // 2, dtype=torch.uint8)
+    full = out_features // rows * rows if rows else 0
+    if full:
+        halves = codes[:full].view(-1, 2, rows // 2, width)
+        both = halves[:, 1] << 4
+        packed[:full].view(-1, width, rows // 2).copy_(both.bitwise_or_(halves[:, 0]).transpose(1, 2))
+    if full < out_features:
+        packed[full:] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes[full:].int(), 1)
     return packed
 
 

@@ -32,8 +32,8 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     count = codes.shape[1]
     per, width = _word(bits)
     codes = F.pad(codes, (0, -count % per)).view(len(codes), -(-count // per), per)  # [rows, words, codes of a word]
-    words = torch.zeros(codes.shape[:2], dtype=torch.int64 if per * bits > 8 else torch.uint8, device=codes.device)
-    for index in range(per):
+    words = codes[..., 0].to(torch.int64 if per * bits > 8 else torch.uint8, copy=True, memory_format=torch.contiguous_format)
+    for index in range(1, per):
         words |= codes[..., index].to(words.dtype) << (index * bits)
     packed = words[..., None].view(torch.uint8)[..., :width]  # a word's low bytes come first
     return packed.flatten(1)[:, : packed_width(count, bits)].contiguous()

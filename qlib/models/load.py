@@ -17,7 +17,7 @@ from qlib.paths import MODELS, shipped_model
 __all__ = ["Subject", "Source", "load", "locate", "empty_model", "expected_shapes", "load_tokenizer"]
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.tiktoken"]
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.tiktoken"]
 
 
 @dataclass(frozen=True)

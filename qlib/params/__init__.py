@@ -4,12 +4,12 @@ from qlib.params.checks import from_dict
 from qlib.params.files import check_notebook, expectation, load_strategies, load_strategy, override
 from qlib.params.json_schema import schema
 from qlib.params.strategy import (
-    FAMILIES, PRECISIONS, TIERS, TOOL, WITH_FORMATS, WITHOUT_RECIPE,
+    FAMILIES, PRECISIONS, SHAPES_ONLY, TIERS, TOOL, WITH_FORMATS, WITHOUT_RECIPE,
     Calibration, Evaluation, Strategy, Title, Training, to_dict, tool_of,
 )  # fmt: skip
 
 __all__ = [
-    "FAMILIES", "PRECISIONS", "TIERS", "TOOL", "WITH_FORMATS", "WITHOUT_RECIPE", "Calibration", "Evaluation",
+    "FAMILIES", "PRECISIONS", "SHAPES_ONLY", "TIERS", "TOOL", "WITH_FORMATS", "WITHOUT_RECIPE", "Calibration", "Evaluation",
     "Strategy", "Title", "Training", "check_notebook", "expectation", "from_dict", "load_strategies", "load_strategy",
     "override", "schema", "to_dict", "tool_of",
 ]  # fmt: skip

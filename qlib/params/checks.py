@@ -55,7 +55,8 @@ def _check_family(strategy: Strategy) -> list[str]:
     if strategy.evaluation.tasks and CACHE in used:
         problems.append(f"evaluation.tasks: {show(strategy.evaluation.tasks)} is not allowed with pass {CACHE}, {NO_TASKS}")
     if bool(strategy.formats) != (family in WITH_FORMATS):
-        problems.append(f"formats: must be given for families {' and '.join(WITH_FORMATS)}, and only there")
+        *some, last = WITH_FORMATS
+        problems.append(f"formats: must be given for families {', '.join(some)} and {last}, and only there")
     elif family == "training":
         problems += _check_training(strategy.formats, strategy.training)
     return problems

@@ -8,17 +8,19 @@ from qlib.schema import plain_problem
 
 __all__ = [
     "Strategy", "Title", "Calibration", "Evaluation", "Training", "FAMILIES", "TIERS", "WITHOUT_RECIPE", "WITH_FORMATS",
-    "PRECISIONS", "TOOL", "tool_of", "to_dict", "plain",
+    "SHAPES_ONLY", "PRECISIONS", "TOOL", "tool_of", "to_dict", "plain",
 ]  # fmt: skip
 
 FAMILIES = (
     "baseline", "pruning", "weight_quantization", "mixed_precision", "finetuning", "combined", "tool", "speed",
-    "training",
+    "training", "scale",
 )  # fmt: skip
 #: Families that change no weights; all others need a recipe.
-WITHOUT_RECIPE = ("baseline", "speed", "training")
+WITHOUT_RECIPE = ("baseline", "speed", "training", "scale")
 #: Families that measure several number formats side by side.
-WITH_FORMATS = ("speed", "training")
+WITH_FORMATS = ("speed", "training", "scale")
+#: Families whose model is the name of a shape: they need neither weights nor texts.
+SHAPES_ONLY = ("speed", "scale")
 #: What the family "training" may name as formats.
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp16-unscaled", "bf16-pure", "bf16-kahan", "bf16-stochastic")
 TIERS = ("smoke", "core", "full", "gpu")
@@ -108,15 +110,15 @@ class Strategy:
         family: decides which measurements the record must hold.
         tier: how often it runs: smoke (every change), core (make report), full (make report-full), gpu (only if asked for).
         notebook: file in notebooks/ that is executed.
-        model: "reference-2", a folder, a hub id, or for the speed family the name of a shape.
+        model: "reference-2", a folder, a hub id, or for the families speed and scale the name of a shape.
         recipe: the passes in order, each {pass: NAME, option: value, ...}.
         seed: of everything random.
         calibration: text that the passes may look at.
         evaluation: what quality is measured on.
-        formats: speed and training only: the number formats that are measured side by side.
-        prompt_tokens: speed only: length of the prompt that is prefilled.
-        context_tokens: speed only: length of the context at which a token is decoded.
-        rounds: speed only: interleaved rounds; each times every format once.
+        formats: speed, scale and training only: the number formats that are measured side by side.
+        prompt_tokens: speed and scale only: length of the prompt that is prefilled.
+        context_tokens: speed and scale only: length of the context at which a token is decoded.
+        rounds: speed and scale only: interleaved rounds; each times every format once.
         training: training only: how the model is trained in each of the formats.
     """
 

@@ -1,8 +1,10 @@
 """Choose masks from scores: an exact number of weights goes, the lowest first, ties by their place."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlib.errors import UserError
@@ -56,10 +58,24 @@ def drop_lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """False for the `count` lowest scores of each row `[rows, columns]`; of equal ones the first go."""
     if count == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    edge = scores.kthvalue(count, dim=-1, keepdim=True).values
-    below, equal = scores < edge, scores == edge
+    edge = _find_lowest(scores, count)
+    stay = scores > edge
+    if stay.sum() == len(scores) * (scores.shape[1] - count):
+        return stay
+    below, equal = scores < edge, scores == edge  # some weights are worth the same as the last that goes
     places = count - below.sum(-1, keepdim=True)
     return ~(below | (equal & (equal.cumsum(-1, dtype=torch.int32) <= places)))
+
+
+def _find_lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count`-th lowest score of each row, `[rows, 1]`. On a CPU numpy finds it several times as fast as torch."""
+    if scores.device.type != "cpu":
+        return scores.kthvalue(count, dim=-1, keepdim=True).values
+    exact = scores if scores.dtype == torch.float64 else scores.float()  # numpy knows no bf16
+    parts = exact.contiguous().chunk(torch.get_num_threads())
+    with ThreadPoolExecutor(len(parts)) as threads:
+        found = threads.map(lambda part: np.partition(part.numpy(), count - 1, axis=-1)[:, count - 1, None].copy(), parts)
+        return torch.cat([torch.from_numpy(part) for part in found])
 
 
 def read_pattern(pattern: str) -> tuple[int, int]:

@@ -57,7 +57,7 @@ class Statistic:
 
 def scores(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """|w| ||x||, `[out, in]` in fp32."""
-    return weight.abs().float() * norms.float()
+    return weight.abs().float().mul_(norms.float())
 
 
 def solve(

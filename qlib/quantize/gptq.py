@@ -34,6 +34,7 @@ MORE_DAMPING = (10, 100, 1000)
 BLOCK = 128  # columns whose weights are compared with each other, where some are to go
 LEAF = 16  # columns between two matrix products that hand errors on: the smallest group size, a power of two
 PANEL = 256  # columns of the Hessian that are summed up at a time, from the diagonal down
+PIECE = 2**20  # numbers of it that are moved at a time
 
 
 Choice = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -137,32 +138,56 @@ def _bf16_products(allowed: bool) -> Iterator[None]:
 
 
 def factorize(hessian: torch.Tensor, damp: float = 0.01, act_order: bool = False) -> Factor:
-    """Damp a Hessian `[in, in]` and factorize it; where that fails, with more damping. Takes three times its memory.
+    """Damp a Hessian `[in, in]` and factorize it; where that fails, with more damping. Takes its memory once more.
 
     Raises:
         UserError: inputs were not finite, or no damping helped.
     """
-    if not hessian.isfinite().all():
-        raise UserError("calibration: some inputs of a linear are infinite or not a number, so GPTQ cannot solve it")
     energy = hessian.diagonal().clone()
+    if not energy.isfinite().all():  # no sum x_i x_j is larger than the larger of both sums of squares
+        raise UserError("calibration: some inputs of a linear are infinite or not a number, so GPTQ cannot solve it")
     dead = energy == 0
     diagonal = energy.masked_fill(dead, 1)
     order = diagonal.argsort(descending=True, stable=True) if act_order else None
     for share in (damp, *(max(damp, 1e-4) * more for more in MORE_DAMPING)):
-        # Read backwards, because the factor L L^T of a matrix read backwards is the factor U U^T of the matrix.
-        damped = hessian.flip(0, 1) if order is None else hessian[order.flip(0)][:, order.flip(0)]
+        damped = _backwards(hessian, order)
         added = diagonal if order is None else diagonal[order]
         damped.diagonal().copy_(added.flip(0) + share * diagonal.mean())
-        damped, failed = torch.linalg.cholesky_ex(damped)
+        columns = damped.t()  # how LAPACK wants it, so that it works in place; the matrix is symmetric
+        _, failed = torch.linalg.cholesky_ex(columns, out=(columns, torch.empty(0, dtype=torch.int32, device=damped.device)))
         if failed == 0:
-            upper = damped.flip(0, 1)
+            _reverse(damped)
+            upper = damped.t()
             diagonal = upper.diagonal().clone()
             upper /= diagonal
             return Factor(upper, diagonal.square(), energy, dead, order, share)
+        del damped, columns
     raise UserError(
         f"damp: {damp} and up to {share:g} leave the Hessian of {len(hessian)} inputs singular; "
         "allowed: more damping, or more calibration samples"
     )
+
+
+def _backwards(hessian: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """A copy read from its end, because the factor L L^T of a matrix read backwards is the factor U U^T of the matrix."""
+    if order is None:
+        return hessian.flip(0, 1)
+    backwards = order.flip(0)
+    copy = hessian[backwards]
+    for rows in copy.split(PANEL):
+        rows.copy_(rows[:, backwards])
+    return copy
+
+
+def _reverse(matrix: torch.Tensor) -> None:
+    """Turn a contiguous matrix by 180 degrees, in place."""
+    flat = matrix.view(-1)
+    for start in range(0, len(flat) // 2, PIECE):
+        size = min(PIECE, len(flat) // 2 - start)
+        first, last = flat[start : start + size], flat[len(flat) - start - size : len(flat) - start]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)
 
 
 def drifted(factor: Factor, moved: torch.Tensor, errors: torch.Tensor, here: slice) -> torch.Tensor:
@@ -218,6 +243,7 @@ def solve_columns(
     own = grid.element == "int" and not grid.real_zero and native.takes(weight.device, len(weight), 1)
     # [in, out]; w where a column has not been rounded, w - q where it has
     errors = _ordered(weight.t().contiguous(), factor.order)
+    del weight
     moved = errors.clone()  # w_j + sum_{i<j} e_i U_ij / U_jj, complete when column j is reached; then steps, or codes
     kept = None if mask is None else mask.t()[order].contiguous()
     if choose is not None:

@@ -71,9 +71,9 @@ def scale_values(scales: torch.Tensor, tensor_scale: torch.Tensor | None = None)
 def values_of(codes: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """fp32 numbers that uint8 codes stand for; fp32 scales and zeros are broadcast against them."""
     if grid.element == "int":
-        return (codes.float() - zeros) * scales
+        return codes.float().sub_(zeros).mul_(scales)
     if grid.element == "fp8":
-        return codes.view(torch.float8_e4m3fn).float() * scales
+        return codes.view(torch.float8_e4m3fn).float().mul_(scales)
     table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
     return table[codes.int()] * scales
 
@@ -83,10 +83,9 @@ def nearest_steps(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros:
 
     Ties of floats go to the even code, as in IEEE 754. Scales and zeros, fp32, are broadcast against values.
     """
-    steps = values / scales
     if grid.element == "int":
-        steps = steps.add_(zeros).round_() if grid.real_zero else steps.round_().add_(zeros)
-        return steps.clamp_(0, grid.levels - 1).sub_(zeros)
+        return _integer_codes(values, grid, scales, zeros).sub_(zeros)
+    steps = values / scales
     element = ELEMENTS[grid.element]
     steps.clamp_(-element.largest, element.largest)
     power = steps.abs().clamp_(min=element.normal).view(torch.int32)  # of two, at most the number: its exponent alone
@@ -94,11 +93,18 @@ def nearest_steps(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros:
     return steps.div_(spacing).round_().mul_(spacing)
 
 
+def _integer_codes(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Codes of integers as whole fp32 numbers; a zero that is no code of its own is added before rounding."""
+    steps = values / scales
+    steps = steps.add_(zeros).round_() if grid.real_zero else steps.round_().add_(zeros)
+    return steps.clamp_(0, grid.levels - 1)
+
+
 def nearest_codes(values: torch.Tensor, grid: Grid, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
     """uint8 codes of the numbers of the grid that are nearest to fp32 values; fp32 scales and zeros are broadcast."""
-    steps = nearest_steps(values, grid, scales, zeros)
     if grid.element == "int":
-        return steps.add_(zeros).round_().to(torch.uint8)
+        return _integer_codes(values, grid, scales, zeros).to(torch.uint8)
+    steps = nearest_steps(values, grid, scales, zeros)
     if grid.element == "fp8":
         return steps.to(torch.float8_e4m3fn).view(torch.uint8)
     size = steps.abs()
@@ -166,11 +172,11 @@ def round_to_grid(
     tensor_scale: torch.Tensor | None = None,
 ) -> CompressedWeight:
     """Round every weight to the nearest code of its group."""
-    parts, rows = [], rows_at_once(weight)
-    factors = scale_values(scales, tensor_scale)[..., None]
-    for part, factor, zero in zip(weight.split(rows), factors.split(rows), zeros.float()[..., None].split(rows)):
-        parts.append(nearest_codes(part.float().view(len(part), scales.shape[1], -1), grid, factor, zero).flatten(1))
-    return CompressedWeight(grid, torch.cat(parts), scales, zeros, tensor_scale)
+    codes, rows = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), rows_at_once(weight)
+    factors, zero = scale_values(scales, tensor_scale)[..., None], zeros.float()[..., None]
+    for part, found, *fitted in zip(weight.split(rows), codes.split(rows), factors.split(rows), zero.split(rows)):
+        found.copy_(nearest_codes(part.float().view(len(part), scales.shape[1], -1), grid, *fitted).flatten(1))
+    return CompressedWeight(grid, codes, scales, zeros, tensor_scale)
 
 
 def rows_at_once(weight: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ __all__ = ["Entry", "Book", "collect", "sources", "SPEED_MODEL", "FAILED"]
 
 SPEED_MODEL = "qwen-72b"  # the true shape that the report's headline figures are about
 FAILED = ("failed", "crashed", "timeout", "interrupted")
-APART = ("speed", "training", "reference", "report", "lesson")  # families that are no strategies
+APART = ("speed", "training", "scale", "reference", "report", "lesson")  # families that are no strategies
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,12 @@ class Book:
         """The record of training in several precisions, if there is one; a quick check only where there is no other."""
         found = [e for e in self.entries if e.family == "training" and e.record.get("formats")]
         return min(found, key=lambda e: (e.tier == "smoke", e.order), default=None)
+
+    @property
+    def scale(self) -> Entry | None:
+        """The record of one layer of a true shape by every method, of the largest shape that was measured."""
+        found = [e for e in self.entries if e.family == "scale" and e.record.get("formats")]
+        return max(found, key=lambda e: (e.model == SPEED_MODEL, e.state != "published", e.name), default=None)
 
     @cached_property
     def models(self) -> list[str]:

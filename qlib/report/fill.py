@@ -15,15 +15,18 @@ from qlib.progress import clock
 from qlib.report import numbers, words
 from qlib.report.bench import bench_words
 from qlib.report.book import Book, Entry
+from qlib.report.either import either_words
 from qlib.report.headline import headline_frame, headline_words
 from qlib.report.measures import FAMILIES, FIELDS, MEASURES
 from qlib.report.quantized import METHODS, method_words
 from qlib.report.rivals import rival_words
+from qlib.report.scale_frames import SENTENCES as TRUE_SHAPE
+from qlib.report.scale_frames import sentence
 
 __all__ = ["fill", "escape", "entry_words", "book_words", "lesson_words"]
 
 PLACEHOLDER = re.compile(r"\{\{(.*?)\}\}", re.DOTALL)
-FORMATS = ("speed", "training")  # families whose records hold several formats side by side
+FORMATS = ("speed", "training", "scale")  # families whose records hold several formats side by side
 ASKED = (*FIELDS, "interval")
 ABOUT = ("name", "title", "model", "device", "protocol", "state", "duration", "peak_memory", "commit", "parameters")
 SENTENCES: dict[str, Callable[[Book], str]] = {
@@ -34,6 +37,7 @@ SENTENCES: dict[str, Callable[[Book], str]] = {
     "recovery": words.recovery_words,
     "precision": words.precision_words,
     "ablation": words.ablation_words,
+    "either": either_words,
     "literature": words.literature_words,
     "rivals": rival_words,
     "bench": lambda book: bench_words(book.bench),
@@ -71,6 +75,8 @@ def entry_words(entry: Entry | None) -> Callable[[str], str]:
     def resolve(name: str) -> str:
         if name in ABOUT:
             return _about(entry, name)
+        if entry and entry.family == "scale" and name in TRUE_SHAPE:
+            return sentence(name, entry.record)
         if entry and entry.family in FORMATS:
             return _format(entry, name)
         return _measurement(entry.measurements if entry else {}, name)
@@ -79,14 +85,15 @@ def entry_words(entry: Entry | None) -> Callable[[str], str]:
 
 
 def book_words(book: Book) -> Callable[[str], str]:
-    """Resolve placeholders of the report: ``finding``, ``verdict: NAME``, ``methods: GROUP``, ``NAME: measurement``."""
+    """Resolve placeholders of the report: ``finding``, ``verdict: NAME``, ``methods: GROUP``, ``NAME: measurement``, ..."""
 
     def resolve(name: str) -> str:
         scope, colon, path = (part.strip() for part in name.partition(":"))
         if not colon:
             if scope in SENTENCES:
                 return SENTENCES[scope](book)
-            allowed = f"{', '.join(SENTENCES)}, verdict: NAME, family: NAME, methods: GROUP, NAME: measurement"
+            scopes = "verdict: NAME, family: NAME, methods: GROUP, true shape: SENTENCE, NAME: measurement"
+            allowed = f"{', '.join(SENTENCES)}, {scopes}"
             raise UserError(f"unknown{nearest(scope, SENTENCES)}; allowed: {allowed}")
         if scope == "verdict":
             return words.verdict(book, book.get(path))
@@ -94,6 +101,8 @@ def book_words(book: Book) -> Callable[[str], str]:
             return words.family_words(book, _known(path, FAMILIES))
         if scope == "methods":
             return method_words(book, _known(path, METHODS))
+        if scope == "true shape":
+            return sentence(_known(path, TRUE_SHAPE), book.scale.record if book.scale else None)
         entry = book.get(scope)
         if path in ABOUT:
             return _about(entry, path)

@@ -56,6 +56,7 @@ FAMILIES = {
     "tool": "Outside tools",
     "reference": "Reference model",
     "speed": "Speed",
+    "scale": "True shape",
 }
 
 #: The fields of a measurement.

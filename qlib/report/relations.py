@@ -9,13 +9,13 @@ from qlib.options import options_of
 from qlib.recipe import pass_names
 from qlib.report.book import Book, Entry
 
-__all__ = ["TRAINING", "kinds", "is_control", "control_of", "untrained_of", "parts_of", "left_out", "wholes"]
+__all__ = ["TRAINING", "recipe_of", "kinds", "is_control", "control_of", "untrained_of", "parts_of", "left_out", "wholes"]
 
 TRAINING = "finetune"  # the pass that trains
 Recipe = list[dict[str, Any]]
 
 
-def _recipe(entry: Entry) -> Recipe:
+def recipe_of(entry: Entry) -> Recipe:
     """The passes with all their options: a record of an earlier version lacks those that came later."""
     steps = [step for step in entry.params.get("recipe") or [] if isinstance(step, dict)]
     return [_defaults(str(step.get("pass"))) | step for step in steps]
@@ -40,12 +40,12 @@ def _course(recipe: Recipe) -> Recipe:
 def kinds(entry: Entry) -> set[str]:
     """What is done to the model: ``prune``, ``quantize``, ``train``, ``transforms``: the folders of its passes."""
     folders = {name: module.split(".")[1] for name, module in pass_names().items()} | {TRAINING: "train"}
-    return {folders[step["pass"]] for step in _recipe(entry) if step.get("pass") in folders}
+    return {folders[step["pass"]] for step in recipe_of(entry) if step.get("pass") in folders}
 
 
 def is_control(entry: Entry) -> bool:
     """Whether the recipe trains and does nothing else: the uncompressed model, trained on."""
-    return bool(_recipe(entry)) and all(map(_trains, _recipe(entry)))
+    return bool(recipe_of(entry)) and all(map(_trains, recipe_of(entry)))
 
 
 def _peers(book: Book, entry: Entry) -> list[Entry]:
@@ -59,35 +59,35 @@ def _peers(book: Book, entry: Entry) -> list[Entry]:
 
 def control_of(book: Book, entry: Entry) -> Entry | None:
     """The uncompressed model after the very same training passes (their loss may differ), None if there is none."""
-    course = _course(_recipe(entry))
+    course = _course(recipe_of(entry))
     if not course or is_control(entry):
         return None
-    return next((e for e in _peers(book, entry) if is_control(e) and _course(_recipe(e)) == course), None)
+    return next((e for e in _peers(book, entry) if is_control(e) and _course(recipe_of(e)) == course), None)
 
 
 def untrained_of(book: Book, entry: Entry) -> Entry | None:
     """The same recipe without training; where that was not run, without its last training pass."""
-    recipe = _recipe(entry)
+    recipe = recipe_of(entry)
     trained = [at for at, step in enumerate(recipe) if _trains(step)]
     if not trained or is_control(entry):
         return None
     without = [step for step in recipe if not _trains(step)], recipe[: trained[-1]] + recipe[trained[-1] + 1 :]
     peers = _peers(book, entry)
-    return next((e for wanted in without for e in peers if _recipe(e) == wanted), None)
+    return next((e for wanted in without for e in peers if recipe_of(e) == wanted), None)
 
 
 def left_out(entry: Entry, part: Entry) -> list[str] | None:
     """The passes of the entry's recipe that `part` leaves out, numbered where one occurs twice; None if it is no part."""
-    rest, missing, seen = _recipe(part), [], Counter()
-    often = Counter(str(step.get("pass")) for step in _recipe(entry))
-    for step in _recipe(entry):
+    rest, missing, seen = recipe_of(part), [], Counter()
+    often = Counter(str(step.get("pass")) for step in recipe_of(entry))
+    for step in recipe_of(entry):
         name = str(step.get("pass"))
         seen[name] += 1
         if rest and step == rest[0]:
             rest = rest[1:]
         else:
             missing.append(f"{name} ({seen[name]} of {often[name]})" if often[name] > 1 else name)
-    return missing if missing and not rest and _recipe(part) else None
+    return missing if missing and not rest and recipe_of(part) else None
 
 
 def parts_of(book: Book, entry: Entry) -> list[Entry]:

@@ -8,6 +8,7 @@ from qlib.report import numbers
 from qlib.report.article import article_table
 from qlib.report.bench import bench_table
 from qlib.report.book import SPEED_MODEL, Book, Entry
+from qlib.report.either import either_table
 from qlib.report.html import Cell, Column, Group, Table, mark_best, measured
 from qlib.report.literature import literature_table
 from qlib.report.measures import MEASURES, family_label
@@ -18,7 +19,7 @@ from qlib.report.trained import ablation_table, precision_table, recovery_table
 
 __all__ = [
     "article_table", "comparison", "recovery_table", "precision_table", "ablation_table", "literature_table",
-    "speed_table", "failures", "provenance", "floor", "rerun", "bench_table", "rivals_table",
+    "either_table", "speed_table", "failures", "provenance", "floor", "rerun", "bench_table", "rivals_table",
 ]  # fmt: skip
 
 #: Columns of the comparison: group, title, measurement name.

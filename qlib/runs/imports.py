@@ -14,7 +14,7 @@ PACKAGE = "qlib"
 #: Modules that present, plan or check but compute no number of a record: changing them makes no result out of date.
 NEUTRAL = (
     "qlib.report", "qlib.cli", "qlib.runs", "qlib.params", "qlib.schema", "qlib.options", "qlib.yamltext",
-    "qlib.notebook", "qlib.paths", "qlib.errors", "qlib.progress",
+    "qlib.arguments", "qlib.notebook", "qlib.paths", "qlib.errors", "qlib.progress",
 )  # fmt: skip
 VERB_TABLE = "VERBS"
 

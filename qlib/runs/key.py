@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from qlib.errors import UserError
-from qlib.params import Strategy, to_dict, tool_of
+from qlib.params import SHAPES_ONLY, Strategy, to_dict, tool_of
 from qlib.quantize.tool import adapter_of
 from qlib.recipe import pass_names
 from qlib.runs.imports import reach
 from qlib.runs.lessons import is_lesson
 from qlib.runs.provenance import device_class, version_of
 from qlib.runs.subject_hash import data_hash, model_hash
+from qlib.scale.methods import METHODS
 from qlib.tools.environments import environment_of
 
 __all__ = ["key_parts", "key_of", "differences", "code_cells", "SOURCE"]
@@ -39,7 +40,7 @@ def key_parts(strategy: Strategy, root: Path, source: Path = SOURCE) -> dict[str
     cells = code_cells(notebook)
     code, passes = "\n".join(cells), pass_names()
     try:
-        named = _named(code) & passes.keys() if is_lesson(strategy) else {step["pass"] for step in strategy.recipe}
+        named = _named(code) & passes.keys() if is_lesson(strategy) else _passes(strategy)
         tool = tool_of(strategy)
         modules = [passes[name] for name in sorted(named)] + ([adapter_of(tool)] if tool else [])
         reached = reach(modules, code, source, GPU_ONLY if device_class() == "cpu" else ())
@@ -50,10 +51,16 @@ def key_parts(strategy: Strategy, root: Path, source: Path = SOURCE) -> dict[str
         "parameters": {name: value for name, value in to_dict(strategy).items() if name not in NAMES_ONLY},
         "sources": dict(sorted(reached.sources.items())),
         "packages": _packages(tool, reached.packages, root),
-        "model": strategy.model if strategy.family == "speed" else model_hash(strategy.model, root),
-        "data": {} if strategy.family == "speed" else _texts(strategy, root),
+        "model": strategy.model if strategy.family in SHAPES_ONLY else model_hash(strategy.model, root),
+        "data": {} if strategy.family in SHAPES_ONLY else _texts(strategy, root),
         "device": device_class(),
     }
+
+
+def _passes(strategy: Strategy) -> set[str]:
+    """The passes that a strategy applies: those of its recipe, or of every method that is tried at a true shape."""
+    recipes = [method.recipe for method in METHODS.values()] if strategy.family == "scale" else [strategy.recipe]
+    return {step["pass"] for recipe in recipes for step in recipe}
 
 
 def _packages(tool: str | None, packages: set[str], root: Path) -> dict[str, str | None]:

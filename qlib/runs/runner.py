@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qlib.errors import UserError
-from qlib.params import Strategy, expectation
+from qlib.params import SHAPES_ONLY, Strategy, expectation
 from qlib.paths import write_atomic
 from qlib.progress import clock
 from qlib.runs.display import Line
@@ -20,7 +20,7 @@ from qlib.runs.state import Busy, State, state_of
 __all__ = ["Job", "run_all", "check_writable"]
 
 #: The baseline is what others are compared with; a timing wants the machine for itself, after all else.
-FIRST, LAST = "baseline", "speed"
+FIRST, LAST = "baseline", SHAPES_ONLY
 
 
 @dataclass
@@ -66,7 +66,7 @@ def run_all(jobs: list[Job], root: Path, runs: Path, force: bool = False, limit:
 
 
 def _order(job: Job) -> tuple[bool, bool, bool]:
-    return (job.strategy.family == LAST, is_lesson(job.strategy), job.strategy.family != FIRST)
+    return (job.strategy.family in LAST, is_lesson(job.strategy), job.strategy.family != FIRST)
 
 
 def _count(jobs: list[Job], waiting: list[Job]) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 
 from qlib.errors import UserError
 from qlib.models.families import blocks_of, family_of
+from qlib.stream.ahead import ReadAhead, to_device
 from qlib.stream.files import write_tensors
 from qlib.stream.source import Stored
 from qlib.walk import Batch, Blocks, first_inputs, run_block
@@ -27,11 +28,15 @@ class BlocksOnDisk(Blocks):
         model: its weights lie on the meta device.
         work: folder for hidden states.
         mapped: keep hidden states in files there alone, and map them; else they are in memory, too.
+        device: where blocks are put, and hidden states that are not mapped.
     """
 
-    def __init__(self, model: nn.Module, stored: Stored, work: Path, mapped: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, stored: Stored, work: Path, mapped: bool = False, device: str | torch.device = "cpu"
+    ) -> None:
         super().__init__(model)
-        self.stored, self.work, self.mapped = stored, work, mapped
+        self.stored, self.work, self.mapped, self.device = stored, work, mapped, torch.device(device)
+        self.ahead = ReadAhead(stored, self.device)
 
     def first(self, ids: list[torch.Tensor]) -> list[Batch]:
         """What reaches the first block, `[rows, tokens, hidden]` of each batch; the embedding stays on disk."""
@@ -40,8 +45,8 @@ class BlocksOnDisk(Blocks):
         def hidden() -> Iterator[torch.Tensor]:
             for batch in ids:
                 [(states, kwargs)] = first_inputs(self.model, [batch])
-                arguments.append(kwargs)
-                yield states
+                arguments.append(to_device(kwargs, self.device))
+                yield states.to(self.device)
 
         with self._embedding():
             shapes = [(*batch.shape, self.model.config.hidden_size) for batch in ids]
@@ -50,13 +55,13 @@ class BlocksOnDisk(Blocks):
     @contextmanager
     def open(self, index: int) -> Iterator[nn.Module]:
         """Put the block, with its weights, into the model as long as the context lasts."""
-        blocks, prefix = blocks_of(self.model), f"{family_of(self.model.config).blocks}.{index}."
+        blocks, name = blocks_of(self.model), family_of(self.model.config).blocks
+        prefix, then = f"{name}.{index}.", f"{name}.{index + 1}."
         empty = blocks[index]
         block = copy.deepcopy(empty)
         # The block alone may hold its weights, so that each of them is free once codes have taken its place.
-        block.load_state_dict(
-            {name.removeprefix(prefix): tensor for name, tensor in self.stored.read(prefix).items()}, assign=True
-        )
+        tensors = self.ahead.read(prefix, then)
+        block.load_state_dict({name.removeprefix(prefix): tensors.pop(name) for name in list(tensors)}, assign=True)
         blocks[index] = block
         try:
             yield block
@@ -78,7 +83,8 @@ class BlocksOnDisk(Blocks):
             raise UserError(f"{self._file(name)}: is missing; remove the folder that was to be written, and begin again")
         with safe_open(self._file(name), "pt") as file:
             hidden = [file.get_tensor(f"{number:06d}") for number in range(len(like))]
-        return [(one if self.mapped else one.clone(), kwargs) for one, (_, kwargs) in zip(hidden, like)]
+        held = [one if self.mapped else one.to(self.device, copy=True) for one in hidden]
+        return [(one, kwargs) for one, (_, kwargs) in zip(held, like)]
 
     def forget(self, before: int) -> None:
         """Remove what was kept under names that end in a smaller number."""

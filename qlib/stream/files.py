@@ -16,8 +16,8 @@ __all__ = ["whole_file", "write_json", "write_tensors", "in_order", "Layout"]
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 #: What safetensors calls the types that qlib stores.
 TYPES = {
-    torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0", torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
 }  # fmt: skip
 
 
@@ -43,10 +43,10 @@ def whole_file(path: Path, work: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path}: cannot be written ({error.strerror}); finished blocks are kept") from None
 
 
-def write_json(path: Path, content: Any, work: Path) -> None:
+def write_json(path: Path, content: Any, work: Path, indent: int = 1) -> None:
     """Write JSON as a whole file."""
     with whole_file(path, work) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+        file.write((json.dumps(content, indent=indent) + "\n").encode())
 
 
 def write_tensors(path: Path, work: Path, layout: Layout, pieces: Iterable[torch.Tensor]) -> tuple[int, int]:
@@ -65,7 +65,7 @@ def write_tensors(path: Path, work: Path, layout: Layout, pieces: Iterable[torch
     with whole_file(path, work) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for piece in pieces:
-            file.write(memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(memoryview(piece.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()))
     return 8 + len(text) + size, size
 
 

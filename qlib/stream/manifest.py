@@ -18,26 +18,34 @@ from qlib.stream.files import write_json
 __all__ = ["NAME", "Manifest", "signature"]
 
 NAME = "stream.json"
-FORMAT = 1
+VERSION = 2  # of this file
 PARTS = ("shards", "plan", "layers", "entry", "complete")
 
 
-def signature(model: str, steps: list[Step], ids: list[torch.Tensor], seed: int) -> dict[str, Any]:
+def signature(
+    model: str | dict[str, Any], steps: list[Step], ids: list[torch.Tensor], seed: int, format: str, device: str = "cpu"
+) -> dict[str, Any]:
     """Everything that decides what is written.
 
     Args:
-        model: hash of its files.
+        model: what `fingerprint` says of its files; of a hub model its name, revision, commit, and a hash over those of its
+            weights.
         ids: token ids `[rows, tokens]` of each batch of calibration text.
+        format: of what is written.
+        device: what is computed on a GPU, or by another number of threads, differs in its last bits.
     """
     digest = hashlib.sha256()
     for batch in ids:
         digest.update(f"{list(batch.shape)}".encode() + batch.to(torch.int64).contiguous().numpy().tobytes())
     return {
-        "format": FORMAT,
+        "manifest": VERSION,
+        "format": format,
         "model": model,
         "recipe": [{"pass": pass_name(module)} | asdict(options) for module, options in steps],
         "calibration": digest.hexdigest() if ids else None,
         "seed": seed,
+        "device": device,
+        "threads": torch.get_num_threads() if ids and device == "cpu" else None,
         "versions": {"qlib": qlib.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 
@@ -47,7 +55,7 @@ class Manifest:
 
     Attributes:
         shards: file and bytes of each finished part. layers: figures of each linear.
-        entry: ``quantization_config`` of config.json, of the finished blocks.
+        entry: ``quantization_config`` of config.json, in the packed format that of the finished blocks; types of a GGUF file.
         plan: what plan passes chose, None before they have. complete: whether the folder is a checkpoint.
 
     Raises:
@@ -91,11 +99,15 @@ class Manifest:
             size: bytes of the file, and of the tensors in it.
             entry: what its block adds to ``quantization_config``. layers: figures of its linears.
         """
-        self.shards.append({"file": file.name, "bytes": size[0], "data": size[1]})
+        self.shards.append({"file": str(file.relative_to(self.path.parent)), "bytes": size[0], "data": size[1]})
         self.layers += layers
         for name, value in (entry or {}).items():
             self.entry[name] = self.entry.get(name, {}) | value if isinstance(value, dict) else value
         self.write()
+
+    def only(self, file: Path, size: int) -> None:
+        """Say that one file of `size` bytes has taken the place of all parts; to be written together with `complete`."""
+        self.shards, self.entry = [{"file": file.name, "bytes": size, "data": size}], {}
 
     def write(self) -> None:
         """Write the file."""

@@ -10,17 +10,18 @@ from qlib.errors import UserError
 from qlib.models.checkpoint import read_header
 from qlib.models.families import blocks_of, family_of
 from qlib.models.load import Subject
-from qlib.models.save import checkpoint_tensors, write_rest
 from qlib.progress import progress
 from qlib.recipe import Context, pass_name, read_recipe
 from qlib.refuse import check_recipe
 from qlib.runs.state import Busy, hold
-from qlib.runs.subject_hash import model_hash
 from qlib.stream.allocator import return_freed_memory
 from qlib.stream.blocks import BlocksOnDisk
-from qlib.stream.files import in_order, write_json, write_tensors
+from qlib.stream.files import write_json, write_tensors
+from qlib.stream.fingerprint import fingerprint
+from qlib.stream.formats import block_tensors, check_format, check_scales, end_tensors, entry_of, write_beside
+from qlib.stream.hub import open_source
 from qlib.stream.manifest import Manifest, signature
-from qlib.stream.source import Stored, open_model
+from qlib.stream.source import Stored
 from qlib.walk import Batch, Visit
 
 __all__ = ["stream"]
@@ -36,8 +37,11 @@ def stream(
     calibration: Any = None,
     seed: int = 0,
     mapped: bool = False,
+    device: str = "cpu",
+    revision: str | None = None,
+    format: str = "packed",
 ) -> Manifest:
-    """Compress the checkpoint `model` into the folder `output`, in the packed format of `qlib.save`, tensor for tensor.
+    """Compress the checkpoint `model` into the folder `output`, in a format of `qlib.save`, tensor for tensor.
 
     In memory are one block and what compressing it takes, and what reaches it of the calibration text. A killed call
     goes on after the last finished block when it is repeated, to the same files; only a plan pass begins anew.
@@ -45,35 +49,43 @@ def stream(
     Args:
         model: as `qlib.load` takes it. recipe, calibration, seed: as `qlib.compress` takes them.
         mapped: leave what reaches a block on disk, in the output folder, and map it from there.
+        device: "cpu" or "cuda": where a block is put while it is compressed; the next one is read meanwhile.
+        revision: branch, tag or commit of a hub model. Its shards are fetched one ahead, and removed when they were read.
+        format: as `qlib.save` takes it.
 
     Raises:
-        UserError: a recipe that needs the whole model; a broken checkpoint; a folder that cannot be written, or holds
-            what other parameters began.
+        UserError: a recipe that needs the whole model, or whose result the format cannot hold; a broken checkpoint; a
+            folder that cannot be written, or holds what other parameters began.
     """
     return_freed_memory()
     steps = read_recipe(recipe)
     check_streams(steps)
-    subject, stored = open_model(model)
-    check_recipe(subject, steps)
-    ids = calibration_ids(subject, steps, calibration, seed)
-    signed = signature(model_hash(model, Path.cwd()), steps, ids, seed)
     folder = Path(output)
     work = folder / WORK
+    subject, stored, told = open_source(model, revision, folder, work / "shards")
+    check_recipe(subject, steps)
+    check_format(subject, steps, format, seed)
+    ids = calibration_ids(subject, steps, calibration, seed)
+    signed = signature(told or fingerprint(subject.source.folder), steps, ids, seed, format, device)
     done = Manifest(folder, work, signed)  # refuses before anything is made
     try:
         if done.complete and not work.exists():
             return done
+        if done.plan is None:
+            check_scales(subject, stored, steps, format, seed)
         work.mkdir(parents=True, exist_ok=True)
         with hold(work):
             done = Manifest(folder, work, signed)  # as the process that held it before has left it
             if not done.complete:
-                subject.model.blocks_on_disk = BlocksOnDisk(subject.model, stored, work, mapped)
+                subject.model.blocks_on_disk = BlocksOnDisk(subject.model, stored, work, mapped, device)
                 _fill(folder, subject, stored, steps, Context(ids, seed), done)
             shutil.rmtree(work)
     except Busy:
         raise UserError(f"{folder}: is being written by another process") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); finished blocks are kept") from None
+    finally:
+        stored.close()
     return done
 
 
@@ -98,31 +110,46 @@ def check_streams(steps: list[Step]) -> None:
 
 def _fill(folder: Path, subject: Subject, stored: Stored, steps: list[Step], context: Context, done: Manifest) -> None:
     """Write all parts that are not there yet: the embedding, the blocks, norm and head, and what lies beside weights."""
-    family, count = family_of(subject.config), len(blocks_of(subject.model))
-    files = [folder / f"model-{part + 1:05d}-of-{count + 2:05d}.safetensors" for part in range(count + 2)]
+    family, count, format = family_of(subject.config), len(blocks_of(subject.model)), done.signature["format"]
+    place = done.work if format == "gguf" else folder
+    files = [place / f"model-{part + 1:05d}-of-{count + 2:05d}.safetensors" for part in range(count + 2)]
     ends = [f"{part}.weight" for part in (family.embedding, family.norm, family.head)]
+    parts = [f"{family.blocks}.{index}." for index in range(count)]
+    if stored.shards and not done.path.is_file():
+        done.write()  # a later call goes on with this commit
     if not done.shards:
-        _copy(ends[:1], stored, files[0], done)
+        stored.expect([ends[0], parts[0]])
+        stored.check_twin(ends[0])
+        _copy(ends[:1], subject, stored, files[0], done)
+    if format != "gguf":  # whose parts are encoded
+        stored.move(ends[0], files[0])
     if done.plan is None:
+        stored.expect(parts * sum(module.SCOPE == "plan" for module, _ in steps) + parts[:1])
         plan: dict[str, dict[str, Any]] = {}
         for module, options in steps:
             plan |= module.plan(subject, options, context) if module.SCOPE == "plan" else {}
-        done.plan = plan
+        done.plan, done.entry = plan, done.entry | entry_of(subject, steps, plan, format)
         done.write()
+    stored.expect([*parts[max(0, len(done.shards) - 1) :], *(name for name in ends[1:] if name in stored.names)])
     if len(done.shards) <= count:
         _compress(subject, [step for step in steps if step[0].SCOPE in WALKED], context, files[1:-1], done)
     if len(done.shards) <= count + 1:
-        _copy([name for name in ends[1:] if name in stored.names], stored, files[-1], done)
-    _write_index(files, done)
-    write_rest(subject, folder, done.entry)
+        _copy([name for name in ends[1:] if name in stored.names], subject, stored, files[-1], done)
+    if format == "gguf":
+        from qlib.stream import gguf
+
+        done.only(folder / gguf.FILE, gguf.write_file(subject, done.entry["types"], files, folder, done.work))
+    else:
+        _write_index(files, done)
+        write_beside(subject, folder, done.entry, format, done.work)
     done.complete = True
     done.write()
 
 
-def _copy(names: list[str], stored: Stored, file: Path, done: Manifest) -> None:
-    """Write tensors as they are, in bf16, into one file, a piece at a time."""
-    layout = {name: stored.layout(name) for name in sorted(names)}
-    done.add(file, write_tensors(file, done.work, layout, (piece for name in layout for piece in stored.pieces(name))))
+def _copy(names: list[str], subject: Subject, stored: Stored, file: Path, done: Manifest) -> None:
+    """Write tensors as they are into one file, a piece at a time."""
+    layout, pieces, entry = end_tensors(names, stored, subject.config, done.signature["format"])
+    done.add(file, write_tensors(file, done.work, layout, pieces), entry)
 
 
 def _compress(subject: Subject, steps: list[Step], context: Context, files: list[Path], done: Manifest) -> None:
@@ -146,11 +173,10 @@ def _compress_one(
     with blocks.open(index) as block:
         ahead = blocks.run(block, exact, f"exact-{index + 1}") if exact else []
         path = f"{family_of(subject.config).blocks}.{index}"
-        visit = Visit(index, path, block, inputs, [hidden for hidden, _ in ahead] if exact else None)
+        visit = Visit(index, path, block, inputs, [hidden for hidden, _ in ahead] if exact else None, bool(inputs))
         layers = compress_block(visit, steps, later_grid(steps, steps), done.plan, subject.config, context.seed)
         behind = blocks.run(block, inputs, f"inputs-{index + 1}") if inputs and more else []
-        tensors, entry = checkpoint_tensors(subject.model)
-        tensors = in_order(tensors)
+        tensors, entry = block_tensors(subject, index, done.signature["format"])
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         size = write_tensors(files[index], done.work, layout, tensors.values())
     done.add(files[index], size, entry, layers.values())

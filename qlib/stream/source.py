@@ -1,6 +1,7 @@
 """A checkpoint on disk as a model without weights, of which one block at a time is read."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -9,9 +10,10 @@ import torch
 from qlib.errors import UserError
 from qlib.models.checkpoint import TensorEntry, check_entries, read_config, read_entries, read_header, read_tensor
 from qlib.models.families import CONVERTED, blocks_of, family_of
-from qlib.models.load import Subject, empty_model, expected_shapes, load_tokenizer, locate
+from qlib.models.load import Source, Subject, empty_model, expected_shapes, load_tokenizer
 from qlib.models.packed import rebuild_buffers
 from qlib.models.qwen1 import STORED, convert_tensor, describe_original, qwen2_names
+from qlib.stream.shards import Shards
 
 __all__ = ["Stored", "open_model"]
 
@@ -26,11 +28,46 @@ class Stored:
         entries: by their names in the files. names: name in the files of each tensor of the model; several tensors may
             be parts of one.
         original: whether they are those of an original Qwen, of which a tensor may hold several of ours.
+        twin: name in the files of a head that must be the embedding once more, if there is one.
+        shards: what brings files that are not on this disk. beside: a folder that is removed when this is closed.
     """
 
     entries: dict[str, TensorEntry]
     names: dict[str, str]
     original: bool
+    twin: str | None = None
+    shards: Shards | None = None
+    beside: Any = field(default=None, repr=False)
+
+    def expect(self, parts: list[str]) -> None:
+        """Say what will be read from now on: names of tensors, or what those of a block begin with."""
+        if self.shards:
+            self.shards.expect([(part, self._files(part)) for part in parts])
+
+    def close(self) -> None:
+        """Fetch nothing more."""
+        if self.shards:
+            self.shards.close()
+            self.beside.cleanup()
+
+    def move(self, name: str, file: Path) -> None:
+        """Read a tensor of the model from the file that it was written to, from now on."""
+        self.entries = self.entries | {name: read_header(file)[name]}
+        self.names = self.names | {name: name}
+
+    def check_twin(self, name: str) -> None:
+        """Make sure, once, that the head that is stored beside the embedding `name`, to which it is tied, is the same.
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.twin:
+            self._bring(name, self.twin)
+            pairs = zip(self._mapped(self.twin).view(-1).split(PIECE), self._mapped(self.names[name]).view(-1).split(PIECE))
+            if not all(torch.equal(ours.bfloat16(), theirs.bfloat16()) for ours, theirs in pairs):
+                file = self.entries[self.twin].file
+                raise UserError(f"{file}: tensor '{self.twin}' differs from '{name}', to which config.json ties it")
+            self.twin = None
 
     def read(self, prefix: str) -> dict[str, torch.Tensor]:
         """Tensors in bf16 whose names begin with `prefix`; one tensor of the files is read at a time.
@@ -38,6 +75,7 @@ class Stored:
         Raises:
             UserError: a file is missing, truncated or changed, or values are not finite; it names file and tensor.
         """
+        self._bring(prefix)
         found = {}
         for name in dict.fromkeys(old for new, old in self.names.items() if new.startswith(prefix)):
             tensor = self._mapped(name)
@@ -45,8 +83,20 @@ class Stored:
             found |= {new: torch.empty_like(part, dtype=torch.bfloat16).copy_(part) for new, part in parts.items()}
         return found
 
+    def announce(self, prefix: str) -> None:
+        """Tell the system that tensors whose names begin with `prefix` are read soon; it may fetch them from the disk."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in dict.fromkeys(old for new, old in self.names.items() if new.startswith(prefix)):
+            entry = self.entries[name]
+            if entry.file.is_file():
+                with entry.file.open("rb") as file:
+                    data, (begin, end) = 8 + int.from_bytes(file.read(8), "little"), entry.bytes
+                    os.posix_fadvise(file.fileno(), data + begin, end - begin, os.POSIX_FADV_WILLNEED)
+
     def mapped(self, name: str) -> torch.Tensor:
         """A tensor of the model that is whole in the files, in their type, without taking memory."""
+        self._bring(name)
         return self._mapped(self.names[name])
 
     def layout(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -57,6 +107,17 @@ class Stored:
         """The same in bf16, piece by piece."""
         return (piece.bfloat16() for piece in self.mapped(name).view(-1).split(PIECE))
 
+    def _files(self, part: str) -> list[Path]:
+        found = (self.entries[old].file for new, old in self.names.items() if new.startswith(part))
+        return [file for file in dict.fromkeys(found) if self.shards.brings(file)]
+
+    def _bring(self, part: str, *others: str) -> None:
+        """Wait for the files of tensors of the model, and of others by their names in the files."""
+        if self.shards:
+            files = dict.fromkeys([*self._files(part), *(self.entries[name].file for name in others)])
+            if files:  # what was moved is here for good
+                self.shards.need((part, list(files)))
+
     def _mapped(self, name: str) -> torch.Tensor:
         entry = self.entries[name]
         if (now := read_header(entry.file).get(name)) != entry:  # mapping a file that was cut off would end the process
@@ -66,13 +127,12 @@ class Stored:
         return read_tensor(name, entry)
 
 
-def open_model(model: str) -> tuple[Subject, Stored]:
+def open_model(source: Source) -> tuple[Subject, Stored]:
     """A model of which only shapes are in memory, and where its tensors are; files were checked by their headers.
 
     Raises:
         UserError: as `qlib.load`; or the weights are packed already.
     """
-    source = locate(model)
     raw = read_config(source.folder)
     where = source.folder / "config.json"
     if raw.get("model_type") in CONVERTED:
@@ -98,7 +158,7 @@ def open_model(model: str) -> tuple[Subject, Stored]:
         _read_generation(network, source.folder)
     stored = Stored(entries, names, raw["model_type"] in CONVERTED)
     if config.tie_word_embeddings:
-        _untie(stored, network)
+        stored.twin = stored.names.pop(f"{family_of(config).head}.weight", None)
     network.eval().requires_grad_(False)
     blocks_of(network)
     return Subject(network, tokenizer, config, source, details=details), stored
@@ -116,19 +176,3 @@ def _read_generation(network: Any, folder: Path) -> None:
 
     if (folder / "generation_config.json").is_file():
         network.generation_config = GenerationConfig.from_pretrained(folder)
-
-
-def _untie(stored: Stored, network: Any) -> None:
-    """Leave out a head that is the embedding once more.
-
-    Raises:
-        UserError: it is not.
-    """
-    family = family_of(network.config)
-    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
-    if head in stored.names:
-        pairs = zip(stored.pieces(head), stored.pieces(embedding))
-        if not all(torch.equal(ours, theirs) for ours, theirs in pairs):
-            file = stored.entries[head].file
-            raise UserError(f"{file}: tensor '{head}' differs from '{embedding}', to which config.json ties it")
-        del stored.names[head]

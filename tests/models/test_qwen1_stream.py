@@ -27,3 +27,14 @@ def test_an_original_is_streamed_as_it_is_loaded(original_folder, tmp_path, dtyp
         assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "streamed" / name).read_text() == (tmp_path / "saved" / name).read_text(), name
+
+
+def test_an_original_of_the_hub_is_streamed_as_a_folder_is(original_folder, tmp_path, hub):
+    folder, done = original_folder(shard="20KB"), []
+    hub.add("owner/original", folder)
+    for name, model in (("hub", "owner/original"), ("folder", folder)):
+        code, text = hub.run(stream={"model": model, "recipe": RECIPE, "output": tmp_path / name})
+        assert code == 0, text
+        files = [file for file in (tmp_path / name).rglob("*") if file.is_file() and file.name != "stream.json"]
+        done.append({file.name: file.read_bytes() for file in files})
+    assert done[0] == done[1] and len(hub.repositories["owner/original"].fetched()) >= 3

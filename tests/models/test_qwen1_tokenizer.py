@@ -5,6 +5,7 @@ import unicodedata
 
 import pytest
 import regex
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from original_qwen import PATTERN, TEXT, write_ranks
@@ -74,7 +75,6 @@ def test_tokens_of_any_text(ranks, ranked, text):
 
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
 def test_tokens_are_those_of_tiktoken(ranks, ranked, text):
-    tiktoken = pytest.importorskip("tiktoken")
     special = {token: len(ranks) + index for index, token in enumerate(SPECIAL)}
     theirs = tiktoken.Encoding("Qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
     assert ranked(text)["input_ids"] == theirs.encode(unicodedata.normalize("NFC", text), allowed_special="all")

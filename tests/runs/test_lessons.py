@@ -50,7 +50,7 @@ def test_a_lesson_runs_after_its_family_and_again_if_what_it_reads_changed(proje
 def test_which_lessons_are_run(project, monkeypatch):
     monkeypatch.chdir(project.root)
     monkeypatch.setenv("QLIB_CACHE", str(project.runs / "cache"))
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("qlib.runs.command.signal.signal", lambda *_: None)
     monkeypatch.setattr(runner, "run_all", lambda jobs, *_: sorted(job.strategy.name for job in jobs))
     project.add("one")
     project.add("smallest", tier="smoke")

@@ -11,9 +11,16 @@ from qlib.models.load import load
 from qlib.models.save import save
 from qlib.stream.run import stream
 
+INDEX = "model.safetensors.index.json"
 IDS = list(torch.randint(0, 300, (6, 24), generator=torch.Generator().manual_seed(3)).split(4))
 RTN = {"pass": "rtn", "bits": 4, "group_size": 32}
 SPARSEGPT = {"pass": "sparsegpt", "sparsity": 0.5}
+#: What each format holds; what it does not, it refuses: see test_stream_formats.py.
+HELD = {
+    "gptq": ["rtn", "gptq", "gptq-sequential", "signround", "wanda-rtn", "joint", "hqq", "act-order"],
+    "compressed_tensors": ["gptq", "nvfp4", "signround", "joint", "w8a8", "fp8-tensor", "act-order", "keep-ends"],
+    "dense": ["gptq", "nvfp4", "wanda", "sparsegpt", "joint", "outliers", "w8a8", "keep-ends"],
+}
 RECIPES = {
     "rtn": [RTN],
     "gptq": [{"pass": "gptq", "bits": 3, "group_size": 32}],
@@ -26,6 +33,12 @@ RECIPES = {
     "wanda-rtn": [{"pass": "wanda", "sparsity": 0.7}, RTN],
     "joint": [{"pass": "joint", "sparsity": 0.5, "bits": 4, "group_size": 32}],
     "outliers": [{"pass": "allocate_sparsity", "spread": 0.1, "far": 3.0}, SPARSEGPT],
+    "mxfp4": [{"pass": "rtn", "element": "mxfp4", "bits": 4}],
+    "hqq-real": [{"pass": "hqq", "bits": 4, "group_size": 32}],
+    "hqq": [{"pass": "hqq", "bits": 4, "group_size": 32, "round_zeros": True}],
+    "w8a8": [{"pass": "smooth"}, {"pass": "rtn", "bits": 8, "group_size": None, "symmetric": True, "activations": "int8"}],
+    "fp8-tensor": [{"pass": "rtn", "element": "fp8", "bits": 8, "group_size": "tensor"}],
+    "act-order": [{"pass": "gptq", "bits": 4, "group_size": 32, "act_order": True, "symmetric": True}],
     "keep-ends": [{"pass": "keep_ends", "budget": 4.0, "low": 3, "high": 5, "group_size": 32}, RTN],
 }  # fmt: skip
 
@@ -42,12 +55,14 @@ def tensors_of(folder):
     return found
 
 
-def assert_same(streamed, model, recipe, saved, ids=IDS):
-    save(compress(load(model), recipe, ids, seed=5), saved)
+def assert_same(streamed, model, recipe, saved, format="packed", ids=IDS):
+    save(compress(load(model), recipe, ids, seed=5), saved, format)
     expected, found = tensors_of(saved), tensors_of(streamed)
     assert list(sorted(found)) == list(sorted(expected))
     assert not [name for name, told in found.items() if told != expected[name]]
-    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+    beside = [{file.name for file in folder.glob("*.json")} - {INDEX, "stream.json"} for folder in (streamed, saved)]
+    assert beside[0] == beside[1] and {"config.json", "tokenizer.json"} < beside[0]
+    for name in beside[0]:
         assert (streamed / name).read_text() == (saved / name).read_text(), name
 
 
@@ -56,6 +71,32 @@ def test_a_stream_writes_what_the_whole_model_would_be(model_folder, tmp_path, r
     model = str(model_folder(shard="60KB"))
     stream(model, recipe, tmp_path / "streamed", IDS, seed=5, mapped="gptq" in str(recipe))
     assert_same(tmp_path / "streamed", model, recipe, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("format, name", [(format, name) for format, names in HELD.items() for name in names])
+def test_in_every_format(model_folder, tmp_path, format, name):
+    model = str(model_folder(shard="60KB", num_hidden_layers=3, tied=name in ("gptq", "joint")))
+    stream(model, RECIPES[name], tmp_path / "streamed", IDS, seed=5, format=format)
+    assert_same(tmp_path / "streamed", model, RECIPES[name], tmp_path / "saved", format)
+    assert (tmp_path / "streamed" / "quantize_config.json").is_file() == (format == "gptq")
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SCALED = {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}}
+#: Architecture, changes and recipe; the second is written as llama, with the rows of q and k in another order.
+GGUF = [
+    ("qwen2", {}, "rtn"), ("qwen2", {"head_dim": 32, "tied": True}, "gptq"), ("qwen2", {}, "keep-ends"),
+    ("llama", SCALED, "hqq-real"), ("llama", SCALED, "sparsegpt"), ("qwen3", {}, "joint"), ("mistral", {}, "mxfp4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, changes, name", GGUF)
+def test_in_one_gguf_file(model_folder, tmp_path, kind, changes, name):
+    model = str(model_folder(kind, shard="60KB", **changes))
+    stream(model, RECIPES[name], tmp_path / "streamed", IDS, seed=5, format="gguf")
+    save(compress(load(model), RECIPES[name], IDS, seed=5), tmp_path / "saved", "gguf")
+    assert sorted(file.name for file in (tmp_path / "streamed").iterdir()) == ["model.gguf", "stream.json"]
+    assert (tmp_path / "streamed" / "model.gguf").read_bytes() == (tmp_path / "saved" / "model.gguf").read_bytes()
 
 
 @pytest.mark.parametrize("kind, tied", [("qwen3", True), ("llama", False), ("mistral", True)])
