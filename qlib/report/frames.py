@@ -1,16 +1,16 @@
 """Data frames for the figures of the report's page, made from the book, and what each figure shows in words."""
 
-from typing import Sequence
+from typing import Any, Sequence
 
 from qlib.report.book import SPEED_MODEL, Book, Entry
 from qlib.report.numbers import number
 from qlib.report.record_frames import curve_frame, data_frame, formats_frame, levels_frame, spread, spread_columns
-from qlib.report.relations import is_control
+from qlib.report.relations import is_control, kinds, recipe_of
 from qlib.report.trained import ablations
 
 __all__ = [
-    "pareto_frame", "delta_frame", "ratio_frame", "ablation_frame", "training_frame", "precision_frame", "level_frame",
-    "speed_frame", "pareto_alt", "delta_alt", "ratio_alt", "curve_alt", "level_alt", "speed_alt",
+    "pareto_frame", "delta_frame", "ratio_frame", "ablation_frame", "training_frame", "training_groups", "precision_frame",
+    "level_frame", "speed_frame", "pareto_alt", "delta_alt", "ratio_alt", "curve_alt", "level_alt", "speed_alt",
 ]  # fmt: skip
 
 PARETO = {
@@ -84,6 +84,26 @@ def training_frame(book: Book, family: str | None = None, model: str | None = No
             name = entry.name if len(passes) == 1 else f"{entry.name} ({number_} of {len(passes)})"
             frames.append(curve_frame(one.get("development") or one.get("curve") or [], name))
     return pandas.concat([f for f in frames if len(f)] or frames[:1], ignore_index=True)
+
+
+def training_groups(book: Book, family: str | None = None, model: str | None = None) -> dict[str, Any]:
+    """What was trained -> its part of `training_frame`: controls, pruned models, those of so many bits."""
+    import pandas
+
+    frame, groups = training_frame(book, family, model), {}
+    for entry in book.of(model, family):
+        own = frame[frame["series"].str.partition(" (")[0] == entry.name]
+        if len(own):
+            groups.setdefault(_trained_kind(entry), []).append(own)
+    return {name: pandas.concat(parts, ignore_index=True) for name, parts in groups.items()}
+
+
+def _trained_kind(entry: Entry) -> str:
+    if is_control(entry):
+        return "controls"
+    bits = [step["bits"] for step in recipe_of(entry) if step.get("bits")]
+    what = "pruned models" if "prune" in kinds(entry) else "models"
+    return f"{what} of {bits[-1]} bits" if bits else what
 
 
 def precision_frame(entry: Entry | None):

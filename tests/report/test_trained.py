@@ -120,3 +120,20 @@ def test_loss_curves_are_those_of_the_development_set(tmp_path, make):
     frame = frames.training_frame(collect(tmp_path, tmp_path / "none"))
     first, second = "twice (1 of 2)", "twice (2 of 2)"
     assert frame.values.tolist() == [[0, 4.0, first], [10, 3.0, first], [0, 6.0, second]]
+
+
+def test_curves_are_shown_by_what_was_trained(trained, tmp_path, make):
+    recipes = {
+        "control": [{"pass": "finetune"}],
+        "pruned": [{"pass": "width"}, {"pass": "finetune"}],
+        "rounded": [{"pass": "gptq", "bits": 3}, {"pass": "finetune"}],
+        "rounded-too": [{"pass": "rtn", "bits": 3}, {"pass": "finetune"}],
+    }
+    for at, (name, recipe) in enumerate(recipes.items()):
+        details = {"training": [{"development": [[0, 3.0 - at], [1000, 2.0 - at]]}]}
+        make.strategy(tmp_path / "more" / "reference-2" / "cpu", name, "finetuning", recipe, 2.0, 8, details=details)
+    groups = frames.training_groups(collect(tmp_path / "more", tmp_path / "none"), "finetuning")
+    assert {name: sorted(set(frame["series"])) for name, frame in groups.items()} == {
+        "controls": ["control"], "pruned models": ["pruned"], "models of 3 bits": ["rounded", "rounded-too"],
+    }  # fmt: skip
+    assert groups["models of 3 bits"].query("series == 'rounded-too'")["loss"].tolist() == [0.0, -1.0]
