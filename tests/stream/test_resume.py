@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from driver import IDS, RECIPE
 
 from qlib.errors import UserError
 from qlib.stream.run import stream
 
 ROOT = Path(__file__).parents[2]
+RTN = [{"pass": "rtn", "bits": 4, "group_size": 32}]
 
 
 def drive(*arguments):
@@ -32,7 +34,12 @@ def hashes(folder):
 
 def test_killed_anywhere_and_often_it_ends_with_the_same_bytes(model_folder, tmp_path):
     model = model_folder(shard="60KB", num_hidden_layers=3)
-    stream(str(model), RECIPE, tmp_path / "whole", IDS, seed=5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the children: the manifest tells how many, for what is solved depends on it
+    try:
+        stream(str(model), RECIPE, tmp_path / "whole", IDS, seed=5)
+    finally:
+        torch.set_num_threads(threads)
     before = hashes(model)
     # In the embedding; in the states behind the first block; inside its shard; between shard and manifest; ...
     points = [1, 5, 13, 30, 2, 24, 41, 60, 7, 33, 45, 3]
@@ -49,4 +56,17 @@ def test_memory_does_not_grow_with_depth_nor_mapped_with_text(model_folder):
     shallow, deep, kept, mapped = drive("memory", *models)
     assert 2 * block < shallow and abs(deep - shallow) < block, (shallow / 1e6, deep / 1e6, block / 1e6)
     states = 2 * 128 * 32 * 8 * 256
-    assert kept - mapped > 1.5 * states, (kept / 1e6, mapped / 1e6)  # what reaches a block, and what leaves it
+    assert kept - mapped > 1.2 * states, (kept / 1e6, mapped / 1e6)  # what reaches a block, and what leaves it: less noise
+
+
+def test_another_number_of_threads_is_refused_where_text_is_read(model_folder, tmp_path):
+    model, threads = str(model_folder(shard="60KB")), torch.get_num_threads()
+    for recipe, name in ((RECIPE, "solved"), (RTN, "rounded")):
+        stream(model, recipe, tmp_path / name, IDS, seed=5)
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(UserError, match=f"threads: {threads} -> {threads + 1}"):
+            stream(model, RECIPE, tmp_path / "solved", IDS, seed=5)
+        assert stream(model, RTN, tmp_path / "rounded", IDS, seed=5).complete
+    finally:
+        torch.set_num_threads(threads)
