@@ -1,7 +1,6 @@
-"""Compressing true 72B layers from disk to disk: peak memory within a limit, whatever the depth, and the speed of packing."""
+"""Compressing true 72B layers from disk to disk: peak memory within a limit, whatever the depth."""
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -9,27 +8,15 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from qlib.bench.limited import run_limited
 from qlib.bench.rows import Row, judge, missing
 from qlib.bench.subjects import random_windows, write_random_checkpoint
-from qlib.blockwise import compress_block
 from qlib.evaluate.memory import anonymous_bytes, track_peak
-from qlib.evaluate.timing import exclusive, median_interval
-from qlib.models.load import locate
-from qlib.models.save import checkpoint_tensors
 from qlib.models.shapes import find_shape
-from qlib.progress import progress
-from qlib.recipe import read_recipe
-from qlib.stream.blocks import BlocksOnDisk
 from qlib.stream.manifest import NAME
 from qlib.stream.run import INDEX, stream
-from qlib.stream.source import open_model
-from qlib.walk import Visit
 
-__all__ = ["measure", "peaks_of", "pack_block"]
+__all__ = ["measure", "peaks_of", "lacks_disk", "keep_layers", "SHALLOW", "RTN"]
 
 GIB = 2**30
 RTN = [{"pass": "rtn", "bits": 4}]
@@ -41,25 +28,27 @@ METHODS = {
     "GPTQ int4": ([{"pass": "gptq", "bits": 4}], 14 * GIB, SHALLOW),
 }
 SAMPLES, LENGTH = 16, 512
-ROUNDS = 3
 DISK = 40e9  # bytes that must be free
 
 
 def measure(root: Path) -> list[Row]:
-    """Peak memory of each method at 3 and 6 layers, each in a process of its own; speed of RTN."""
-    free = shutil.disk_usage(root).free
-    if free < DISK:
-        why = f"{DISK / 1e9:.0f} GB of disk are needed, {free / 1e9:.0f} are free"
-        return [missing("72B layers, streamed", "", "GiB", why)]
-    with tempfile.TemporaryDirectory(dir=root, prefix=".bench-stream-") as folder, exclusive():
-        model = Path(folder) / "model"
+    """Peak memory of each method, each in a process of its own, whose times are not the point."""
+    if why := lacks_disk(root):
+        return [missing("72B layers, streamed: peak anonymous memory", "<= 6", "GiB", why)]
+    with tempfile.TemporaryDirectory(dir=root, prefix=".bench-stream-") as folder:
+        model, rows = Path(folder) / "model", []
         write_random_checkpoint(model, find_shape("qwen-72b"), DEEP)
-        rows = _speed(model, Path(folder))
         for layers in (DEEP, SHALLOW):
             keep_layers(model, layers)
             for name in (name for name, told in METHODS.items() if told[2] == layers):
                 rows += _memory(model, Path(folder) / f"streamed-{len(rows)}", name)
         return rows
+
+
+def lacks_disk(root: Path) -> str:
+    """What is missing for the checkpoint and what becomes of it; empty: nothing."""
+    free = shutil.disk_usage(root).free
+    return "" if free >= DISK else f"{DISK / 1e9:.0f} GB of disk are needed, {free / 1e9:.0f} are free"
 
 
 def keep_layers(model: Path, layers: int) -> None:
@@ -115,56 +104,3 @@ def peaks_of(model: str, output: str, recipe: list[dict]) -> tuple[int, int, int
         over.set()
         thread.join()
     return before, found.get(SHALLOW, peak.bytes), peak.bytes
-
-
-def _speed(model: Path, folder: Path) -> list[Row]:
-    """How fast weights are packed in memory, and how long a stream takes over copying and packing; rounds take turns."""
-    weights = 2 * find_shape("qwen-72b").linear_parameters
-    packing, copying, streaming = [], [], []
-    pack_block(model)  # warm up
-    for _ in progress(0, ROUNDS, "copying, packing, streaming"):
-        packing.append(pack_block(model))
-        copying.append(_copy(model, folder / "copy"))
-        streaming.append(_stream(model, folder / "streamed"))
-    rate = median_interval(weights / 1e9 / np.array(packing))
-    parts = np.array(copying) + DEEP * np.array(packing)
-    how = f"{torch.get_num_threads()} threads, {ROUNDS} rounds; files in the page cache, written through to the disk"
-    told = f"{DEEP} layers: copy {np.median(copying):.1f} s, pack {DEEP * np.median(packing):.1f} s, stream {np.median(streaming):.1f} s"
-    return [
-        judge("72B layer, RTN int4: weights packed a second", ">= 0.4", rate, "GB/s", how),
-        judge("72B, RTN int4 streamed: time over copying and packing", "<= 1.3", median_interval(np.array(streaming) / parts), "ratio", f"{how}; {told}"),
-    ]  # fmt: skip
-
-
-def pack_block(model: Path) -> float:
-    """Seconds in which the weights of one block, in memory, become the tensors of a checkpoint."""
-    subject, stored = open_model(locate(str(model)))
-    blocks = BlocksOnDisk(subject.model, stored, model)
-    with blocks.open(0) as block:
-        begun = time.perf_counter()
-        compress_block(Visit(0, "model.layers.0", block, [], None, False), read_recipe(RTN), None, {}, subject.config, 0)
-        checkpoint_tensors(subject.model)
-        return time.perf_counter() - begun
-
-
-def _copy(model: Path, target: Path) -> float:
-    """Seconds of copying the shards."""
-    begun = time.perf_counter()
-    target.mkdir()
-    for file in model.glob("*.safetensors"):
-        with file.open("rb") as source, (target / file.name).open("wb") as copy:
-            shutil.copyfileobj(source, copy, 2**24)
-            copy.flush()
-            os.fsync(copy.fileno())
-    spent = time.perf_counter() - begun
-    shutil.rmtree(target)
-    return spent
-
-
-def _stream(model: Path, target: Path) -> float:
-    """Seconds of streaming the same shards."""
-    begun = time.perf_counter()
-    stream(str(model), RTN, target)
-    spent = time.perf_counter() - begun
-    shutil.rmtree(target)
-    return spent

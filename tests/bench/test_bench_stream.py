@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from qlib.bench import bench_stream
-from qlib.bench.bench_stream import RTN, keep_layers, pack_block, peaks_of
+from qlib.bench import bench_packing, bench_stream
+from qlib.bench.bench_packing import pack_block
+from qlib.bench.bench_stream import RTN, keep_layers, peaks_of
 from qlib.bench.limited import run_limited
 from qlib.bench.subjects import write_random_checkpoint
 from qlib.compress import compress
@@ -41,13 +42,13 @@ def test_peaks_are_told_at_the_third_layer_and_at_the_end(tmp_path, monkeypatch)
 
 def test_what_is_timed_is_what_a_stream_does(tmp_path, monkeypatch):
     write_random_checkpoint(tmp_path / "model", SHAPE, 1)
-    packed, plain = [], bench_stream.checkpoint_tensors
+    packed, plain = [], bench_packing.checkpoint_tensors
 
     def keep(model):
         packed.append(plain(model)[0])
         return packed[-1], {}
 
-    monkeypatch.setattr(bench_stream, "checkpoint_tensors", keep)
+    monkeypatch.setattr(bench_packing, "checkpoint_tensors", keep)
     assert pack_block(tmp_path / "model") > 0
     codes = packed[0]["model.layers.0.mlp.down_proj.codes"]
     layer = compress(load(str(tmp_path / "model")), RTN).model.model.layers[0].mlp.down_proj
