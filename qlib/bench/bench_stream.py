@@ -25,7 +25,7 @@ SHALLOW, DEEP = 3, 6
 METHODS = {
     "RTN int4": (RTN, 6 * GIB, DEEP),
     "Wanda 50 %": ([{"pass": "wanda", "sparsity": 0.5}], 6 * GIB, DEEP),
-    "GPTQ int4": ([{"pass": "gptq", "bits": 4}], 14 * GIB, SHALLOW),
+    "GPTQ int4": ([{"pass": "gptq", "bits": 4}], 14 * GIB, DEEP),
 }
 SAMPLES, LENGTH = 16, 512
 DISK = 40e9  # bytes that must be free

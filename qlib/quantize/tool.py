@@ -1,29 +1,18 @@
 """Let an outside tool do the work: the strategy then runs inside that tool's own environment (see `qlib.tools`)."""
 
+import json
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from qlib.errors import UserError
+from qlib.errors import UserError, nearest
+from qlib.tools.about import about, adapter, tool_names
 
-__all__ = ["ADAPTERS", "Options", "SCOPE", "adapter_of", "apply", "check"]
+__all__ = ["Options", "SCOPE", "apply", "check"]
 
 SCOPE = "model"
 CALIBRATES = True
-
-#: Tools with an adapter: what each is called, and the package it is.
-ADAPTERS = {
-    "auto-gptq": "auto_gptq",
-    "gptqmodel": "gptqmodel",
-    "auto-round": "auto_round",
-    "llm-compressor": "llmcompressor",
-    "llama-cpp": "llama_cpp",
-}
-NAMES = tuple(ADAPTERS)
-#: Types of llama.cpp, and their bits, group and symmetry. Its others need rows that are multiples of 256.
-KINDS = {"Q8_0": (8, 32, True), "Q4_0": (4, 32, True), "IQ4_NL": (4, 32, True), "Q2_0": (2, 64, True)}
-KIND_NAMES = tuple(KINDS)
+OPTIONAL = ("iterations", "damp", "act_order")
 
 
 @dataclass(frozen=True)
@@ -35,33 +24,41 @@ class Options:
         bits: width of a code.
         group_size: input channels that share a scale; null: one scale per output channel.
         symmetric: keep the middle code for zero instead of fitting a zero per group.
-        iterations: of the rounding optimisation on each block; auto-round only.
+        iterations: of an optimisation of the rounding; tools that optimise.
         damp: share of its mean that is added to the diagonal of the Hessian; GPTQ tools only.
         act_order: start with the columns of the largest inputs; GPTQ tools only.
-        kind: llama.cpp's type, which fixes bits, group_size and symmetric; llama-cpp only.
+        kind: one of the tool's own formats or methods, which may fix bits, group_size and symmetric.
     """
 
-    name: Literal[NAMES] = "gptqmodel"  # type: ignore[valid-type]
+    name: str = "gptqmodel"
     bits: Literal[2, 3, 4, 8] = 4
     group_size: Literal[32, 64, 128] | None = 128
     symmetric: bool = False
     iterations: int | None = field(default=None, metadata={"minimum": 1})
     damp: float | None = field(default=None, metadata={"minimum": 0})
     act_order: bool | None = None
-    kind: Literal[KIND_NAMES] | None = None  # type: ignore[valid-type]
+    kind: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.kind is None) == (self.name == "llama-cpp"):
-            allowed = ", ".join(KINDS) if self.kind is None else "null"
-            raise UserError(f"kind: {self.kind or 'null'} is not allowed for {self.name}; allowed: {allowed}")
-        if self.kind and KINDS[self.kind] != (self.bits, self.group_size, self.symmetric):
-            bits, size, _ = KINDS[self.kind]
-            raise UserError(f"kind: {self.kind} needs bits: {bits}, group_size: {size}, symmetric: true")
+        if self.name not in tool_names():
+            guess, allowed = nearest(self.name, tool_names()), ", ".join(tool_names())
+            raise UserError(f"name: {self.name!r} is no tool{guess}; allowed: {allowed}")
+        told = about(self.name)
+        for name in OPTIONAL:
+            if getattr(self, name) is not None and name not in told.takes:
+                raise UserError(f"{name}: is not supported by {self.name}; leave it out")
+        if (self.kind is None) == bool(told.kinds) or (self.kind and self.kind not in told.kinds):
+            guess = nearest(self.kind, told.kinds) if self.kind and told.kinds else ""
+            allowed = ", ".join(told.kinds) or "null"
+            raise UserError(f"kind: {self.kind or 'null'} is not allowed for {self.name}{guess}; allowed: {allowed}")
+        if self.kind and (wrong := told.kinds[self.kind].differs(self)):
+            raise UserError(f"kind: {self.kind} needs {', '.join(f'{n}: {json.dumps(v)}' for n, v in wrong.items())}")
 
-
-def adapter_of(name: str) -> str:
-    """Module of a tool's adapter, which can only be imported where the tool is."""
-    return f"qlib.tools.{name.replace('-', '_')}"
+    @property
+    def method(self) -> str:
+        """How codes are chosen, in the field's words."""
+        told = about(self.name)
+        return told.kinds[self.kind].method if self.kind else told.method
 
 
 def check(subject: Any, options: Options) -> None:
@@ -70,7 +67,7 @@ def check(subject: Any, options: Options) -> None:
     Raises:
         UserError: the tool is not here.
     """
-    if find_spec(ADAPTERS[options.name]) is None:
+    if find_spec(about(options.name).package) is None:
         raise UserError(
             f"name: {options.name} is not in this environment; a strategy of family tool runs in that of the tool, "
             f"which `qlib tools install {options.name}` makes"
@@ -80,7 +77,8 @@ def check(subject: Any, options: Options) -> None:
 def apply(subject: Any, options: Options, context: Any) -> Any:
     """Give the weights of the model's linears the values that the tool chose.
 
-    They stay ordinary linears, in fp32, which holds every value of the tool's format exactly.
+    They stay ordinary linears, in fp32, which holds every value of the tool's format exactly. Where the tool rounds
+    activations, too, its own runtime takes the place of the model.
 
     Raises:
         UserError: the tool does not support a setting.
@@ -89,9 +87,12 @@ def apply(subject: Any, options: Options, context: Any) -> Any:
 
     from qlib.record import Measurement
     from qlib.tools.adapter import put_weights, versions
+    from qlib.tools.runtime import RuntimeModel
 
-    found = import_module(adapter_of(options.name)).quantize(subject.source.folder, torch.cat(context.ids), options)
+    found = adapter(options.name).quantize(subject.source.folder, torch.cat(context.ids), options)
     put_weights(subject.model, found.weights)
+    if not found.weights:
+        subject = replace(subject, model=RuntimeModel(found.runtime, subject.config))
     size = Measurement(
         found.bits_per_weight,
         "bits",

@@ -8,13 +8,13 @@ from typing import Any
 
 from qlib.errors import UserError
 from qlib.params import SHAPES_ONLY, Strategy, to_dict, tool_of
-from qlib.quantize.tool import adapter_of
 from qlib.recipe import pass_names
 from qlib.runs.imports import reach
 from qlib.runs.lessons import is_lesson
 from qlib.runs.provenance import device_class, version_of
 from qlib.runs.subject_hash import data_hash, model_hash
 from qlib.scale.methods import METHODS
+from qlib.tools.about import adapter_name
 from qlib.tools.environments import environment_of
 
 __all__ = ["key_parts", "key_of", "differences", "code_cells", "SOURCE"]
@@ -42,7 +42,7 @@ def key_parts(strategy: Strategy, root: Path, source: Path = SOURCE) -> dict[str
     try:
         named = _named(code) & passes.keys() if is_lesson(strategy) else _passes(strategy)
         tool = tool_of(strategy)
-        modules = [passes[name] for name in sorted(named)] + ([adapter_of(tool)] if tool else [])
+        modules = [passes[name] for name in sorted(named)] + ([adapter_name(tool)] if tool else [])
         reached = reach(modules, code, source, GPU_ONLY if device_class() == "cpu" else ())
     except SyntaxError as error:
         raise UserError(f"{error.filename or notebook.name}: is not plain Python: {error.msg}: {error.text}") from None

@@ -1,7 +1,13 @@
-"""What the adapters have in common. An adapter runs in its tool's environment and is one function:
+"""What the adapters in `qlib.tools.adapters` have in common. An adapter is a module with
 
-``quantize(folder, ids, options) -> Quantized``, with the folder of a Hugging Face model, calibration token ids int64
-`[samples, length]` that are the same for all tools, and the options of the pass `qlib.quantize.tool`.
+- ``ABOUT``, an `About`: what is known of its tool. Importing the module imports nothing of the tool; its functions do;
+- ``quantize(folder, ids, options) -> Quantized``: folder of a Hugging Face model, calibration token ids int64
+  `[samples, length]` that are the same for all tools, options of the pass `qlib.quantize.tool`;
+- ``open_runtime(folder, options) -> Runtime``: the model of a folder in the tool's own kernels (see `qlib.tools.runtime`);
+  options None: uncompressed, and as exact as the runtime can; else compressed as the options say but by the shortest way
+  to that format, without calibration, because only its speed is asked for.
+
+It runs in its tool's environment.
 """
 
 from dataclasses import dataclass
@@ -12,10 +18,12 @@ import torch
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.quantize.tool import ADAPTERS, Options
+from qlib.quantize.tool import Options
 from qlib.runs.provenance import version_of
+from qlib.tools.about import about
+from qlib.tools.runtime import Runtime
 
-__all__ = ["Quantized", "bits_per_weight", "load_model", "on_grid", "put_weights", "refuse", "versions"]
+__all__ = ["Quantized", "bits_per_weight", "load_model", "on_grid", "put_weights", "versions"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +31,14 @@ class Quantized:
     """What a tool made of a model.
 
     Attributes:
-        weights: name of each quantized linear -> the fp32 values `[out, in]` that its stored format stands for.
+        weights: name of each quantized linear -> the fp32 values `[out, in]` that its stored format stands for; empty where
+            activations are rounded, too, so that only the tool's own kernels tell what the model is: then `runtime`.
         seconds: of the quantization step alone: without imports, loading, packing and saving.
         bits_per_weight: of these linears, with scales and zeros in the tool's format.
         settings: what the tool was told, and what it has by default and decides the result.
         disk_bytes: of the one file that holds the whole model, where the tool writes one.
+        seen: hash of the token ids that reached the tool (see `qlib.tools.witness`); None if it reads none.
+        runtime: what was made, in the tool's own kernels; scored instead of `weights` where these are empty.
     """
 
     weights: dict[str, torch.Tensor]
@@ -35,17 +46,8 @@ class Quantized:
     bits_per_weight: float
     settings: dict[str, Any]
     disk_bytes: int | None = None
-
-
-def refuse(options: Options, *names: str) -> None:
-    """Refuse settings that a tool does not have.
-
-    Raises:
-        UserError: one of the options `names` is given.
-    """
-    for name in names:
-        if getattr(options, name) is not None:
-            raise UserError(f"{name}: is not supported by {options.name}; leave it out")
+    seen: str | None = None
+    runtime: Runtime | None = None
 
 
 def load_model(folder: Any) -> nn.Module:
@@ -101,6 +103,6 @@ def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 def versions(name: str) -> dict[str, str]:
     """Versions of the tool and of what computes for it, by distribution."""
-    package = next(iter(metadata.packages_distributions().get(ADAPTERS[name], [name])))
+    package = next(iter(metadata.packages_distributions().get(about(name).package, [name])))
     found = {one: version_of(one) for one in (package, "torch", "transformers", "tokenizers", "numpy")}
     return {one: version for one, version in found.items() if version}

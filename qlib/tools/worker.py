@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import traceback
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,8 @@ import torch
 from qlib.errors import UserError
 from qlib.evaluate.baseline import answer
 from qlib.paths import write_atomic
-from qlib.quantize.tool import Options, adapter_of
+from qlib.quantize.tool import Options
+from qlib.tools.about import adapter
 from qlib.tools.adapter import load_model, put_weights, versions
 from qlib.tools.exam import read_exam
 
@@ -35,7 +35,7 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     folder, options = Path(request["folder"]), Options(**request["options"])
     with np.load(request["ids"]) as stored:
         ids = torch.from_numpy(stored["ids"].astype(np.int64))
-    found = import_module(adapter_of(options.name)).quantize(Path(request["model"]), ids, options)
+    found = adapter(options.name).quantize(Path(request["model"]), ids, options)
     result = {
         "seconds": found.seconds,
         "bits_per_weight": found.bits_per_weight,

@@ -11,7 +11,7 @@ from qlib.compress import compress
 from qlib.data.corpus import _distribution
 from qlib.errors import UserError
 from qlib.params import from_dict, load_strategies, to_dict, tool_of
-from qlib.quantize.tool import ADAPTERS
+from qlib.tools.about import tool_names
 from qlib.runs.execute import execute
 from qlib.runs.key import key_parts
 from qlib.tools.environments import environment_of
@@ -22,7 +22,7 @@ FILES = sorted((ROOT / "params").glob("tool-*.yaml"))
 
 def test_every_tool_has_strategies_with_the_same_text():
     strategies = load_strategies(FILES, ROOT)
-    assert {tool_of(strategy) for strategy in strategies} == set(ADAPTERS)
+    assert {tool_of(strategy) for strategy in strategies} == set(tool_names())
     assert len({(strategy.calibration.samples, strategy.calibration.length) for strategy in strategies}) == 1
     assert tool_of(load_strategies([ROOT / "params" / "rtn-int4.yaml"], ROOT)[0]) is None
 
@@ -32,7 +32,7 @@ def test_every_tool_has_strategies_with_the_same_text():
     [
         ({"family": "combined"}, "recipe: pass tool is not allowed for family combined"),
         ({"recipe": [{"pass": "rtn"}]}, "recipe: rtn is not allowed for family tool; allowed: {pass: tool} alone"),
-        ({"recipe": [{"pass": "tool", "name": "gptq-model"}]}, "did you mean 'gptqmodel'"),
+        ({"recipe": [{"pass": "tool", "name": "gptq-model"}]}, "name: 'gptq-model' is no tool (did you mean 'gptqmodel'"),
         ({"recipe": [{"pass": "tool", "kind": "Q4_0"}]}, "kind: Q4_0 is not allowed for gptqmodel; allowed: null"),
         ({"recipe": [{"pass": "tool", "name": "llama-cpp"}]}, "kind: null is not allowed for llama-cpp; allowed: Q8"),
         (
@@ -52,8 +52,8 @@ def test_key_holds_lock_and_adapter():
     strategy = load_strategies([ROOT / "params" / "tool-gptqmodel-int4.yaml"], ROOT)[0]
     parts = key_parts(strategy, ROOT)
     assert parts["packages"] == {"params/tools/gptqmodel.lock": environment_of("gptqmodel", ROOT).lock_hash()}
-    assert {"qlib.tools.gptqmodel", "qlib.tools.adapter", "qlib.quantize.tool"} <= parts["sources"].keys()
-    assert "qlib.tools.auto_round" not in parts["sources"]
+    assert {"qlib.tools.adapters.gptqmodel", "qlib.tools.adapter", "qlib.quantize.tool"} <= parts["sources"].keys()
+    assert "qlib.tools.adapters.auto_round" not in parts["sources"]
 
 
 def test_a_tool_that_is_not_installed_is_one_line(tmp_path, monkeypatch):

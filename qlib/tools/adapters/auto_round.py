@@ -6,20 +6,34 @@ from contextlib import chdir
 from pathlib import Path
 
 import torch
-from auto_round import AutoRound
-from transformers import AutoTokenizer
 
 from qlib.quantize.tool import Options
-from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid, refuse
+from qlib.tools.about import About
+from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid
+from qlib.tools.witness import Witness
 
-__all__ = ["quantize"]
+__all__ = ["ABOUT", "quantize"]
+
+ABOUT = About(
+    package="auto_round",
+    idea="SignRound: whether each weight is rounded up or down, and where its range is clipped, is learnt block by block with "
+    "200 steps of signed gradients, so that the block's outputs stay what they were. Slower than GPTQ by far, and the "
+    "best of the tools at few bits.",
+    method="SignRound",
+    runtime="transformers with its own torch kernels for packed weights",
+    loads=("transformers", "vLLM", "gptqmodel"),
+    documentation="https://github.com/intel/auto-round/blob/main/docs/step_by_step.md",
+    takes=frozenset({"iterations"}),
+)
 
 ITERATIONS, BATCH = 200, 8  # its own defaults
 
 
 def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     """See `qlib.tools.adapter`. Its own random numbers start from its own seed."""
-    refuse(options, "damp", "act_order")
+    from auto_round import AutoRound
+    from transformers import AutoTokenizer
+
     folder = Path(folder).resolve()
     model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder)
     iterations = options.iterations or ITERATIONS
@@ -38,6 +52,7 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
             device_map="cpu",
             enable_torch_compile=False,  # compiling takes a minute here, and another for every shape
         )
+        witness = Witness(model)
         begun = time.perf_counter()
         model, _ = rounding.quantize()
         seconds = time.perf_counter() - begun
@@ -48,4 +63,4 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     }
     used = {name: getattr(rounding, name, None) for name in ("amp", "lr", "seed")}
     used |= {"iterations": iterations, "batch_size": BATCH, "enable_torch_compile": False}
-    return Quantized(weights, seconds, bits_per_weight(weights, options), used)
+    return Quantized(weights, seconds, bits_per_weight(weights, options), used, seen=witness.close())

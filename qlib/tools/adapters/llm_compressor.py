@@ -6,20 +6,33 @@ from contextlib import chdir
 from pathlib import Path
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import GPTQModifier
 
 from qlib.quantize.tool import Options
-from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid, refuse
+from qlib.tools.about import About
+from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid
+from qlib.tools.witness import Witness
 
-__all__ = ["quantize"]
+__all__ = ["ABOUT", "quantize"]
+
+ABOUT = About(
+    package="llmcompressor",
+    idea="The toolkit beside vLLM: recipes of modifiers (here its GPTQ) write the format compressed-tensors, which vLLM runs with "
+    "fast kernels on GPUs.",
+    method="GPTQ",
+    runtime="transformers, which decompresses its weights to bf16 on a CPU",
+    loads=("vLLM", "transformers"),
+    documentation="https://docs.vllm.ai/projects/llm-compressor/en/latest/guides/compression_schemes/",
+    takes=frozenset({"damp", "act_order"}),
+)
 
 
 def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     """See `qlib.tools.adapter`. The time is that of its one-shot call, which packs nothing."""
-    refuse(options, "iterations")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier
+
     numbers = QuantizationArgs(
         num_bits=options.bits,
         type="int",
@@ -39,6 +52,7 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     folder = Path(folder).resolve()
     model = load_model(folder)
     with tempfile.TemporaryDirectory() as elsewhere, chdir(elsewhere):  # it writes logs where it stands
+        witness = Witness(model)
         begun = time.perf_counter()
         oneshot(
             model=model,
@@ -58,4 +72,4 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     used = {"dampening_frac": modifier.dampening_frac, "block_size": modifier.block_size}
     used |= {"actorder": getattr(numbers.actorder, "value", numbers.actorder), "observer": str(numbers.observer)}
     size = bits_per_weight(weights, options, zeros=not options.symmetric)
-    return Quantized(weights, seconds, size, used)
+    return Quantized(weights, seconds, size, used, seen=witness.close())

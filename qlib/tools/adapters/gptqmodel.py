@@ -5,23 +5,36 @@ import tempfile
 import time
 from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlib.quantize.tool import Options
-from qlib.tools.adapter import Quantized, bits_per_weight, refuse
+from qlib.tools.about import About
+from qlib.tools.adapter import Quantized, bits_per_weight
+from qlib.tools.witness import Witness
 
-# It asks for two workers even where there is one core, and refuses to be imported if it does not get them.
-os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
+__all__ = ["ABOUT", "quantize"]
 
-from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # noqa: E402
-
-__all__ = ["quantize"]
+ABOUT = About(
+    package="gptqmodel",
+    idea="The successor of auto-gptq: the same solver with orders of columns that keep groups together, several kernels to "
+    "run its checkpoints, and newer methods beside it.",
+    method="GPTQ",
+    runtime="its torch kernels for packed weights",
+    loads=("transformers", "vLLM", "auto-round"),
+    by_hand="set GPTQMODEL_CPU_WORKERS=2 on machines with fewer than two free cores",
+    documentation="https://github.com/ModelCloud/GPTQModel#quantization-and-inference",
+    takes=frozenset({"damp", "act_order"}),
+)
 
 
 def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     """See `qlib.tools.adapter`. It packs while it goes on; the time it says it packed for is left out."""
-    refuse(options, "iterations")
+    # It asks for two workers even where there is one core, and refuses to be imported if it does not get them.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
     asked = {"damp_percent": options.damp, "desc_act": options.act_order}
     asked |= {} if options.group_size else {"act_group_aware": False}  # its default needs groups
     config = QuantizeConfig(
@@ -36,6 +49,7 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     folder = Path(folder).resolve()
     with tempfile.TemporaryDirectory() as elsewhere, chdir(elsewhere):  # it writes logs where it stands
         model = GPTQModel.load(str(folder), config, device="cpu")
+        witness = Witness(model.model)
         begun = time.perf_counter()
         model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
         seconds = time.perf_counter() - begun
@@ -47,10 +61,10 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     used = {name: getattr(config, name, None) for name in ("desc_act", "act_group_aware", "damp_percent", "mse")}
     used |= {"true_sequential": config.true_sequential, "batch_size": 1, "packing_seconds": packing}
     size = bits_per_weight(weights, options, index=bool(config.desc_act))
-    return Quantized(weights, seconds - packing, size, used)
+    return Quantized(weights, seconds - packing, size, used, seen=witness.close())
 
 
-def _packing_seconds(model: GPTQModel) -> float:
+def _packing_seconds(model: Any) -> float:
     """What its own timer says that packing took; 0 where it keeps none."""
     timer = getattr(model, "quant_region_timer", None)
     regions = timer.snapshot() if timer is not None else {}

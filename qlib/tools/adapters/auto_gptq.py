@@ -4,22 +4,37 @@ import time
 from pathlib import Path
 from typing import Any, Callable
 
-import auto_gptq.modeling._base as base
 import torch
-from auto_gptq import BaseQuantizeConfig
-from auto_gptq.modeling._const import SUPPORTED_MODELS
-from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
 
 from qlib.errors import UserError
 from qlib.quantize.tool import Options
-from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid, refuse
+from qlib.tools.about import About
+from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid
+from qlib.tools.witness import Witness
 
-__all__ = ["quantize"]
+__all__ = ["ABOUT", "quantize"]
+
+ABOUT = About(
+    package="auto_gptq",
+    idea="GPTQ as its authors wrote it, made a library: column after column of a linear is rounded, and what was lost is made "
+    "up for by the columns that are still to come, with the inverse Hessian of the layer's inputs. Archived since 2024; what "
+    "it taught lives on in gptqmodel.",
+    method="GPTQ",
+    runtime="its QuantLinear in torch, which dequantizes the whole weight for every call",
+    loads=("transformers", "vLLM", "gptqmodel", "auto-round"),
+    by_hand="pin transformers 4.46, peft 0.10 and Python 3.11; without CUDA build the model object oneself, set its CUDA device "
+    "to the CPU and silence torch.cuda.synchronize",
+    documentation="https://github.com/AutoGPTQ/AutoGPTQ#quick-tour",
+    takes=frozenset({"damp", "act_order"}),
+)
 
 
 def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     """See `qlib.tools.adapter`. Static groups go with activation order, so that groups stay in order."""
-    refuse(options, "iterations")
+    from auto_gptq import BaseQuantizeConfig
+    from auto_gptq.modeling._const import SUPPORTED_MODELS
+    from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
+
     order = bool(options.act_order)
     config = BaseQuantizeConfig(
         bits=options.bits,
@@ -40,6 +55,7 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     model = GPTQ_CAUSAL_LM_MODEL_MAP[network.config.model_type](network, False, config)
     kept = _without_cuda()
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids]
+    witness = Witness(network)
     begun = time.perf_counter()
     model.quantize(rows, batch_size=1, cache_examples_on_gpu=False)
     seconds = time.perf_counter() - begun
@@ -50,7 +66,7 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     }
     size = bits_per_weight(weights, options)
     used = {name: getattr(config, name) for name in ("damp_percent", "desc_act", "static_groups", "true_sequential")}
-    return Quantized(weights, seconds, size, used | {"batch_size": 1})
+    return Quantized(weights, seconds, size, used | {"batch_size": 1}, seen=witness.close())
 
 
 def _in_tuple(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,6 +81,8 @@ def _in_tuple(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_cuda() -> dict[str, tuple]:
     """Let it compute on the CPU, and catch what it would pack: name -> quantizer, scales, zeros, groups of columns."""
+    import auto_gptq.modeling._base as base
+
     base.CUDA_0 = torch.device("cpu")
     if not torch.cuda.is_available():
         torch.cuda.synchronize = lambda device=None: None
