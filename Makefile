@@ -11,7 +11,7 @@ QLIB = $(VENV)/bin/python -m qlib
 SOURCES = requirements.lock pyproject.toml
 STAMP = $(VENV)/.installed
 
-.PHONY: help env report report-full test smoke bench clean
+.PHONY: help env report report-full tools test smoke bench clean
 .NOTPARALLEL:
 
 help: ## list the commands
@@ -41,6 +41,13 @@ report: env ## run the core strategies and lessons that are out of date and rend
 
 report-full: env ## run all strategies, render, and refresh reports/published/
 	@$(call run_and_report,full); $(QLIB) publish || exit $$?; exit $$code
+
+# A tool that cannot be installed fails its strategies with its own words; the exit code is then 1.
+tools: env ## install all outside tools, run their strategies, render, and say what was measured
+	@code=0; $(QLIB) tools install --all || code=$$?; \
+	$(QLIB) run $(wildcard params/tool-*.yaml) || code=$$?; \
+	$(QLIB) report || code=$$?; \
+	$(QLIB) tools list; exit $$code
 
 test: env ## run the tests
 	@$(VENV)/bin/python -m pytest

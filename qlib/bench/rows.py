@@ -1,6 +1,6 @@
 """What a benchmark reports: a figure, what it should be, and whether its interval says that it is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ class Row:
         met: whether the interval's bad end meets the target; None if the target lies inside ("not resolved"), or
             there is none.
         how: settings, versions and counts in one line.
+        facts: what tables need besides, by name.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Row:
     low: float | None = None
     high: float | None = None
     how: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def judge(name: str, target: str, measured: float | tuple[float, float, float], unit: str, how: str) -> Row:

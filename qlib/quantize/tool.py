@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any, Literal
 
 from qlib.errors import UserError, nearest
-from qlib.tools.about import about, adapter, tool_names
+from qlib.tools.about import about, tool_names
 
 __all__ = ["Options", "SCOPE", "apply", "check"]
 
@@ -86,13 +86,16 @@ def apply(subject: Any, options: Options, context: Any) -> Any:
     import torch
 
     from qlib.record import Measurement
-    from qlib.tools.adapter import put_weights, versions
+    from qlib.tools.adapter import facts, put_weights, versions
+    from qlib.tools.fairness import compare_runtimes, ids_that_reached, quantize_repeatedly
     from qlib.tools.runtime import RuntimeModel
 
-    found = adapter(options.name).quantize(subject.source.folder, torch.cat(context.ids), options)
+    folder, ids = subject.source.folder, torch.cat(context.ids)
+    same = compare_runtimes(folder, subject.model, ids, options)
+    found, runs = quantize_repeatedly(folder, ids, options)
     put_weights(subject.model, found.weights)
     if not found.weights:
-        subject = replace(subject, model=RuntimeModel(found.runtime, subject.config))
+        subject = replace(subject, model=RuntimeModel(found.runtime, subject.model))
     size = Measurement(
         found.bits_per_weight,
         "bits",
@@ -103,7 +106,9 @@ def apply(subject: Any, options: Options, context: Any) -> Any:
     if found.disk_bytes:
         sizes["size.disk_bytes"] = Measurement(found.disk_bytes, "bytes", 1, method="bytes of the tool's own file")
     told = {"name": options.name, "seconds": found.seconds, "settings": found.settings}
-    told |= {"asked": asdict(options), "versions": versions(options.name)}
+    told |= {"asked": asdict(options), "versions": versions(options.name), "threads": torch.get_num_threads()}
+    told |= {"method": options.method, "runs": runs, "uncompressed": same, "ids": ids_that_reached(found, ids)}
+    told |= {"facts": facts(options.name), "scored": "weights" if found.weights else "runtime"}
     return replace(
         subject,
         measurements=subject.measurements | sizes,

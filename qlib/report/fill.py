@@ -17,6 +17,7 @@ from qlib.report.bench import bench_words
 from qlib.report.book import Book, Entry
 from qlib.report.either import either_words
 from qlib.report.headline import headline_frame, headline_words
+from qlib.report.league import league_words
 from qlib.report.measures import FAMILIES, FIELDS, MEASURES
 from qlib.report.quantized import METHODS, method_words
 from qlib.report.rivals import rival_words
@@ -40,6 +41,7 @@ SENTENCES: dict[str, Callable[[Book], str]] = {
     "either": either_words,
     "literature": words.literature_words,
     "rivals": rival_words,
+    "league": league_words,
     "bench": lambda book: bench_words(book.bench),
 }
 

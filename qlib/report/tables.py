@@ -10,16 +10,20 @@ from qlib.report.bench import bench_table
 from qlib.report.book import SPEED_MODEL, Book, Entry
 from qlib.report.either import either_table
 from qlib.report.html import Cell, Column, Group, Table, mark_best, measured
+from qlib.report.league import league_table
 from qlib.report.literature import literature_table
 from qlib.report.measures import MEASURES, family_label
+from qlib.report.needs import needs_table
 from qlib.report.quantized import arranged, heading
 from qlib.report.relations import is_control, kinds
 from qlib.report.rivals import rivals_table
+from qlib.report.tool_facts import fairness_table, ideas_table, tools_table
 from qlib.report.trained import ablation_table, precision_table, recovery_table
 
 __all__ = [
     "article_table", "comparison", "recovery_table", "precision_table", "ablation_table", "literature_table",
-    "either_table", "speed_table", "failures", "provenance", "floor", "rerun", "bench_table", "rivals_table",
+    "either_table", "speed_table", "failures", "provenance", "floor", "rerun", "bench_table", "rivals_table", "league_table",
+    "tools_table", "fairness_table", "ideas_table", "needs_table",
 ]  # fmt: skip
 
 #: Columns of the comparison: group, title, measurement name.

@@ -24,7 +24,7 @@ FOLDER = "lessons"
 #: Every lesson may compare with it.
 ALWAYS = "baseline"
 #: Families that a lesson sets beside its own: all methods meet on one axis.
-MEETS = {"weight_quantization": ("mixed_precision", "tool"), "pruning": ("finetuning", "combined")}
+MEETS = {"weight_quantization": ("mixed_precision", "tool"), "pruning": ("finetuning", "combined"), "tool": ("weight_quantization",)}
 SENTENCE = re.compile(r"(.+?[.?!])(?=\s+[^\sa-z]|$)", re.DOTALL)
 
 

@@ -21,9 +21,10 @@ from qlib.errors import UserError
 from qlib.quantize.tool import Options
 from qlib.runs.provenance import version_of
 from qlib.tools.about import about
+from qlib.tools.environments import environment_of
 from qlib.tools.runtime import Runtime
 
-__all__ = ["Quantized", "bits_per_weight", "load_model", "on_grid", "put_weights", "versions"]
+__all__ = ["Quantized", "bits_per_weight", "facts", "load_model", "on_grid", "put_weights", "versions"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,29 @@ def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 def versions(name: str) -> dict[str, str]:
     """Versions of the tool and of what computes for it, by distribution."""
-    package = next(iter(metadata.packages_distributions().get(about(name).package, [name])))
-    found = {one: version_of(one) for one in (package, "torch", "transformers", "tokenizers", "numpy")}
+    found = {one: version_of(one) for one in (distribution_of(name), "torch", "transformers", "tokenizers", "numpy")}
     return {one: version for one, version in found.items() if version}
+
+
+def distribution_of(name: str) -> str:
+    """The distribution that a tool's package came with."""
+    package = about(name).package
+    return next(iter(metadata.packages_distributions().get(package, [name])))
+
+
+def facts(name: str) -> dict[str, str]:
+    """Distribution, licence and Python versions of a tool, as its own package states them, and when it was released.
+
+    The day stands in the lock's comments as ``# released: 2026-01-31``; what is not stated is empty.
+    """
+    told = metadata.metadata(distribution_of(name))
+    trove = [line.rpartition(" :: ")[2] for line in told.get_all("Classifier") or [] if line.startswith("License ::")]
+    words = next((one for one in (told.get("License-Expression"), *trove, told.get("License")) if one), "")
+    lines = environment_of(name).lock.read_text(encoding="utf-8").splitlines()
+    days = [line.partition(":")[2].strip() for line in lines if line.startswith("# released:")]
+    return {
+        "distribution": distribution_of(name),
+        "licence": words.strip().splitlines()[0][:60] if words else "",
+        "python": told.get("Requires-Python") or "",
+        "released": days[0] if days else "",
+    }

@@ -14,7 +14,7 @@ __all__ = ["add_command"]
 
 ACTIONS = {
     "install": "make the environments of tools from their locks in params/tools/",
-    "list": "say which tools are installed, in which version, and how much disk they take",
+    "list": "say which tools are installed, in which version, how much disk they take, and what was measured",
     "remove": "delete the environments of tools",
 }
 
@@ -61,16 +61,33 @@ def _install(options: argparse.Namespace, root: Path) -> int:
 
 
 def _list(options: argparse.Namespace, root: Path) -> None:
-    rows = [("tool", "version", "state", "disk", "Python", "kernel")]
+    rows = [("tool", "version", "state", "measured", "disk", "Python", "kernel")]
+    measured = _measured(root)
     for name in names(root):
         one = environment_of(name, root)
         there = one.state != "not installed"
         kernel = one.kernel.name if (one.kernel / "kernel.json").is_file() else ""
         size = _size(one.disk_bytes()) if there else ""
-        rows.append((name, one.version, one.state, size, one.python_version() if there else "", kernel))
+        rows.append((name, one.version, one.state, measured.get(name, ""), size, one.python_version() if there else "", kernel))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def _measured(root: Path) -> dict[str, str]:
+    """Tool -> how many of its strategies have figures that are up to date, of how many; failures named as such."""
+    from qlib.params import load_strategies, tool_of
+    from qlib.runs.state import state_of
+
+    found: dict[str, list[str]] = {}
+    for strategy in load_strategies(sorted((root / "params").glob("tool-*.yaml")), root):
+        state = state_of(strategy, root, root / "reports" / "runs").state
+        found.setdefault(tool_of(strategy) or "", []).append(state)
+    words = {}
+    for tool, states in found.items():
+        failed = states.count("failed")
+        words[tool] = f"{states.count('done')} of {len(states)}" + (f", {failed} failed" if failed else "")
+    return words
 
 
 def _remove(options: argparse.Namespace, root: Path) -> None:

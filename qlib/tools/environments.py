@@ -76,7 +76,9 @@ class Environment:
 
     @property
     def state(self) -> str:
-        """installed, out of date (the lock has changed since), unfinished or not installed."""
+        """installed, out of date (the lock has changed since), failed (with this lock), unfinished or not installed."""
+        if self.failure:
+            return "failed"
         if not self.folder.is_dir():
             return "not installed"
         try:
@@ -84,6 +86,15 @@ class Environment:
         except OSError:
             return "unfinished"
         return "installed" if stamp == self.lock.read_bytes() else "out of date"
+
+    @property
+    def failure(self) -> str:
+        """Why the last installation of this very lock failed; empty if it did not."""
+        try:
+            told = json.loads(self.base.joinpath(f"{self.name}.failed").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return ""
+        return told["error"] if told.get("lock") == self.lock_hash() else ""
 
     @property
     def version(self) -> str:
@@ -104,6 +115,8 @@ class Environment:
         Raises:
             UserError: the environment is not there, or not as the lock has it.
         """
+        if self.failure:
+            raise UserError(f"{self.name} {self.version} could not be installed: {self.failure}")
         if self.state != "installed":
             raise UserError(f"{self.name} is {self.state}: run `qlib tools install {self.name}`")
         return self.folder / "bin" / "python"
@@ -129,12 +142,23 @@ class Environment:
         """Make the environment, unless it is there as the lock has it. Returns whether anything was done.
 
         Raises:
-            UserError: no Python 3.11, no network, or pip failed; the log is named.
+            UserError: no Python 3.11, no network, or pip failed; the log is named. What strategies of this tool then say.
         """
         if self.state == "installed":
             return False
         self.remove()
         self.base.mkdir(parents=True, exist_ok=True)
+        try:
+            self._make(pip_arguments)
+        except UserError as error:
+            why = str(error).removeprefix(f"{self.name}: ").replace(f" (log: {self.log})", "")
+            told = {"lock": self.lock_hash(), "error": " ".join(line.strip() for line in why.splitlines())}
+            write_atomic(self.base / f"{self.name}.failed", json.dumps(told, indent=1) + "\n")
+            raise
+        return True
+
+    def _make(self, pip_arguments: Sequence[str]) -> None:
+        """Environment, packages, kernel, and the stamp last."""
         python = self.folder / "bin" / "python"
         with self.log.open("wb") as log:
             self._call([_interpreter(), "-m", "venv", str(self.folder)], log, "venv")
@@ -150,7 +174,6 @@ class Environment:
         self.kernel.mkdir(parents=True, exist_ok=True)
         write_atomic(self.kernel / "kernel.json", json.dumps(specification, indent=1) + "\n")
         write_atomic(self.folder / STAMP, self.lock.read_bytes())
-        return True
 
     def _call(self, command: list[str], log, what: str) -> None:
         try:
@@ -168,6 +191,7 @@ class Environment:
         """Delete the environment and its kernel, the stamp first. Returns whether there was anything."""
         there = self.folder.is_dir()
         (self.folder / STAMP).unlink(missing_ok=True)
+        self.base.joinpath(f"{self.name}.failed").unlink(missing_ok=True)
         for folder in (self.folder, self.kernel):
             if folder.is_dir():
                 shutil.rmtree(folder)

@@ -18,7 +18,7 @@ from qlib.quantize.tool import Options
 from qlib.tools.environments import environment_of
 from qlib.tools.exam import Exam, write_exam
 
-__all__ = ["ToolResult", "run_tool"]
+__all__ = ["ToolResult", "environment", "run_tool"]
 
 LAST_LINES = 6
 ANSWERS = ("inside", "alone", "nll", "tokens")
@@ -31,7 +31,8 @@ class ToolResult:
     Attributes:
         seconds: of the quantization step alone. bits_per_weight: of the quantized linears, in the tool's format.
         settings: what the tool was told and decides the result. versions: of the tool and of what computes for it.
-        threads: of torch in the worker.
+        threads: of torch in the worker. seen: hash of the ids that reached the tool; None: it reads none.
+        uncompressed: see `qlib.tools.fairness.compare_runtimes`.
         answers: to the exam, None without one. weights: safetensors file with the dequantized fp32 weights, or None.
     """
 
@@ -40,6 +41,8 @@ class ToolResult:
     settings: dict[str, Any]
     versions: dict[str, str]
     threads: int
+    seen: str | None = None
+    uncompressed: dict[str, Any] | None = None
     answers: Answers | None = None
     weights: Path | None = None
 
@@ -87,20 +90,24 @@ def run_tool(
         return ToolResult(**result, answers=answers, weights=place / "weights.safetensors" if folder else None)
 
 
+def environment(threads: int | None = None) -> dict[str, str]:
+    """Variables of a process in a tool's environment: as many threads as here, no network, this package."""
+    count = str(threads or torch.get_num_threads())
+    fixed = {"OMP_NUM_THREADS": count, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return os.environ | fixed | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
 def _work(python: Path, place: Path, name: str, limit: float | None, threads: int | None) -> None:
     """Run the worker; its result stands in `place`.
 
     Raises:
         UserError: it failed or was killed, with what the tool said.
     """
-    count = str(threads or torch.get_num_threads())
-    environment = os.environ | {"OMP_NUM_THREADS": count, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     command = [str(python), "-m", "qlib.tools.worker", str(place / "request.json")]
     with (place / "worker.log").open("wb") as log:
         try:
             code = subprocess.run(
-                command, cwd=place, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=limit
+                command, cwd=place, env=environment(threads), stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=limit
             ).returncode
         except subprocess.TimeoutExpired:
             raise UserError(f"{name}: took longer than its limit of {limit:g} seconds") from None

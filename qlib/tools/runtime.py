@@ -1,7 +1,8 @@
 """A model in a tool's own kernels: scored through them, and timed in them."""
 
+import copy
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -43,14 +44,21 @@ class ModuleRuntime:
 
 
 class RuntimeModel(nn.Module):
-    """A runtime in the place of a subject's model, so that `qlib.evaluate` asks it as any other."""
+    """A runtime in the place of a subject's model, so that `qlib.evaluate` asks it as any other.
 
-    device = torch.device("cpu")
+    The uncompressed modules stay inside, so that what asks for blocks and their linears finds them; none of them runs.
+    """
 
-    def __init__(self, runtime: Runtime, config: Any) -> None:
+    def __init__(self, runtime: Runtime, model: nn.Module) -> None:
         super().__init__()
-        self.runtime, self.config = runtime, config
+        self.runtime, self.config = runtime, copy.deepcopy(model.config)
         self.config._attn_implementation = "its own"  # takes no mask from elsewhere
+        for name, child in model.named_children():
+            self.add_module(name, child)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     def forward(self, input_ids: torch.Tensor, logits_to_keep: int, use_cache: bool = False) -> SimpleNamespace:
         return SimpleNamespace(logits=self.runtime(input_ids, logits_to_keep))

@@ -21,6 +21,8 @@ from qlib.quantize.tool import Options
 from qlib.tools.about import adapter
 from qlib.tools.adapter import load_model, put_weights, versions
 from qlib.tools.exam import read_exam
+from qlib.tools.fairness import compare_runtimes
+from qlib.tools.runtime import RuntimeModel
 
 __all__ = ["main", "work"]
 
@@ -42,14 +44,18 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
         "settings": found.settings,
         "versions": versions(options.name),
         "threads": torch.get_num_threads(),
+        "seen": found.seen,
     }
     if request.get("weights"):
         from safetensors.torch import save
 
         write_atomic(folder / "weights.safetensors", save({f"{n}.weight": w for n, w in found.weights.items()}))
     if request.get("exam"):
-        exam, model = read_exam(Path(request["exam"])), load_model(Path(request["model"]))
-        put_weights(model.requires_grad_(False), found.weights)
+        exam, model = read_exam(Path(request["exam"])), load_model(Path(request["model"])).requires_grad_(False)
+        result["uncompressed"] = compare_runtimes(Path(request["model"]), model, ids, options)
+        put_weights(model, found.weights)
+        if not found.weights:
+            model = RuntimeModel(found.runtime, model)
         answers = answer(SimpleNamespace(model=model), exam.items, exam.texts, exam.start)
         partial = folder / f"items.tmp-{os.getpid()}.npz"
         np.savez(partial, **vars(answers))

@@ -73,9 +73,12 @@ def test_life_of_an_environment(project, capfd):
     assert main(["tools", "install", "fake-tool", pip]) == 1
     said = capfd.readouterr().out
     assert "pip failed with code 1" in said and str(environment.log) in said and "faketool==9.9" in said
-    assert environment.state == "unfinished"
+    assert environment.state == "failed"
+    with pytest.raises(UserError, match="fake-tool 9.9 could not be installed: pip failed with code 1 .*faketool==9.9"):
+        environment.python()  # what its strategies say in the report
 
     environment.lock.write_text("faketool==1.0\n")
+    assert environment.state == "unfinished"  # another lock: nothing is known of it
     assert main(["tools", "install", "--all", pip]) == 0
     assert "fake-tool: 1.0 installed in" in capfd.readouterr().out and environment.state == "installed"
     assert main(["tools", "install", "fake-tool"]) == 0
@@ -118,8 +121,8 @@ def test_without_network_is_one_line_and_leaves_nothing_that_looks_installed(pro
     environment = environment_of("fake-tool")
     said = capfd.readouterr().out.splitlines()
     assert said[1:] == [f"fake-tool: no network: pip could not reach its index (log: {environment.log})"]
-    assert state_in_list(capfd) == "unfinished" and not environment.kernel.exists()
-    with pytest.raises(UserError, match="fake-tool is unfinished: run `qlib tools install fake-tool`"):
+    assert state_in_list(capfd) == "failed" and not environment.kernel.exists()
+    with pytest.raises(UserError, match="^fake-tool 1.0 could not be installed: no network: pip could not reach its index$"):
         environment.python()
 
 
@@ -138,7 +141,7 @@ def test_a_killed_install_is_not_installed_and_the_next_one_repairs_it(project, 
         install.join(60)
         connection.close()
     assert codes == [1] and "fake-tool: pip failed with code -9" in capfd.readouterr().out
-    assert state_in_list(capfd) == "unfinished" and not environment_of("fake-tool").kernel.exists()
+    assert state_in_list(capfd) == "failed" and not environment_of("fake-tool").kernel.exists()
     assert main(["tools", "install", "fake-tool", f"--pip-args=--no-index --find-links {project / 'wheels'}"]) == 0
     assert state_in_list(capfd) == "installed"
 

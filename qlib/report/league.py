@@ -1,0 +1,197 @@
+"""The league of tools: at each width every tool's strategies and our best recipe, ties told by paired intervals."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlib.report import numbers
+from qlib.report.book import Book, Entry
+from qlib.report.html import Cell, Column, Group, Table, measured
+from qlib.report.measures import MEASURES
+from qlib.report.pairs import interval_of, sign, together
+
+__all__ = ["OURS", "Standing", "league_table", "league_words", "standings", "timed", "told"]
+
+#: What stands for us at a width: named before anything was measured on the evaluation texts.
+OURS = {8: "rtn-int8", 4: "best-int4", 3: "best-int3", 2: "best-int2"}
+PHASES = {"decode": "Decode speed-up", "prefill": "Prefill speed-up"}
+BESIDE = {
+    "Bits per weight": "size.bits_per_weight",
+    "Perplexity": "quality.perplexity",
+    "Accuracy change, paired": "quality.accuracy_delta",
+    "KL divergence": "quality.kl",
+}
+EQUAL = 0.1  # bits per weight within which two strategies are of the same size
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A strategy in the league of its width.
+
+    Attributes:
+        place: 1 for the lowest perplexity; None where it was not measured.
+        tied: not measurably different from the first of its width.
+        ratio: its perplexity over that of our best recipe, paired.
+    """
+
+    entry: Entry
+    place: int | None
+    tied: bool
+    ratio: dict | None
+
+    @property
+    def ours(self) -> bool:
+        return self.entry.family != "tool"
+
+
+def told(entry: Entry) -> dict[str, Any]:
+    """What a tool's record says of the tool; of ours, or of a failure, what its parameters say."""
+    found = (entry.record.get("details") or {}).get("tool") or {}
+    asked = next((step for step in entry.params.get("recipe") or [] if step.get("pass") == "tool"), {})
+    return {"name": asked.get("name", "ours"), "asked": asked} | found
+
+
+def bits_of(entry: Entry) -> int | None:
+    """Bits of a code, as the recipe of a tool asks for them."""
+    return told(entry)["asked"].get("bits")
+
+
+def standings(book: Book, model: str | None = None) -> dict[int, list[Standing]]:
+    """Width -> its strategies, the best first; those that were not measured at the end. A book keeps them."""
+    kept = vars(book).setdefault("_standings", {})  # resampling documents takes a while, and every table asks
+    if model not in kept:
+        kept[model] = _standings(book, model)
+    return kept[model]
+
+
+def _standings(book: Book, model: str | None) -> dict[int, list[Standing]]:
+    found: dict[int, list[Standing]] = {}
+    entries = book.of(model, "tool")
+    for bits in sorted({bits_of(entry) for entry in entries} - {None}, reverse=True):
+        ours = next((e for e in book.of(model) if e.name == OURS.get(bits) and e.measurements), None)
+        members = [e for e in entries if bits_of(e) == bits] + ([ours] if ours else [])
+        members.sort(key=lambda e: numbers.number(e.measure("quality.perplexity")) or np.inf)
+        found[bits] = [_standing(book, e, at, members[0], ours) for at, e in enumerate(members, 1)]
+    return found
+
+
+def _standing(book: Book, entry: Entry, place: int, first: Entry, ours: Entry | None) -> Standing:
+    if numbers.number(entry.measure("quality.perplexity")) is None:
+        return Standing(entry, None, False, None)
+    to_first, to_ours = (_ratio(book, entry, other) for other in (first, ours))
+    tied = entry is not first and to_first is not None and sign({k: to_first[k] - 1 for k in ("low", "high")}) == 0
+    return Standing(entry, place, tied, to_ours)
+
+
+def _ratio(book: Book, entry: Entry, other: Entry | None) -> dict | None:
+    """Perplexity over another's, on the same documents."""
+    samples = together([book.baseline(entry), entry, other]) if other else None
+    return samples and interval_of(np.exp(samples[1].nats - samples[2].nats), "ratio", samples[1].documents)
+
+
+def timed(book: Book, name: str, phase: str) -> dict[str, Any]:
+    """What the benchmark of tools measured for a strategy in a phase; empty where it did not."""
+    rows = [row for row in book.bench if row.get("benchmark") == "tools"]
+    facts = [row.get("facts") or {} for row in rows]
+    return next((one for one in facts if one.get("phase") == phase and name in one.get("strategies", ())), {})
+
+
+def speedup(book: Book, standing: Standing, bits: int, phase: str) -> dict | None:
+    """How much faster than our bf16 layer, in the same rounds; ours from the rounds beside the first tool of the width."""
+    if not standing.ours:
+        return _measurement(timed(book, standing.entry.name, phase).get("speedup"))
+    others = [timed(book, e.entry.name, phase) for e in standings(book, standing.entry.model)[bits] if not e.ours]
+    facts = next((one for one in others if one.get("ours_ms")), None)
+    return facts and {"value": facts["bf16_ms"][0] / facts["ours_ms"][0], "unit": "ratio"}
+
+
+def _measurement(values: Any) -> dict | None:
+    return dict(zip(("value", "low", "high"), values)) | {"unit": "ratio"} if values else None
+
+
+def league_table(book: Book, model: str | None = None) -> Table | None:
+    """A heading per width; None where no tool was run."""
+    table = standings(book, model)
+    everyone = [(bits, one) for bits, members in table.items() for one in members]
+    if not any(not one.ours for _, one in everyone):
+        return None
+    columns, cells = [Column("Strategy"), Column("Method"), Column("Place", numeric=True)], []
+    cells += [[Cell(s.entry.name, (s.entry.label,) if s.entry.state != "done" and s.place is None else (), link=f"#{book.anchor(s.entry)}") for _, s in everyone]]  # fmt: skip
+    cells += [[Cell(_method(s)) for _, s in everyone], [_place(s) for _, s in everyone]]
+    figures = [(title, "Quality and size", [s.entry.measure(name) for _, s in everyone]) for title, name in BESIDE.items()]
+    figures.append(("Perplexity over ours", "Quality and size", [None if s.ours else s.ratio for _, s in everyone]))
+    where = "One 72B layer, over bf16"
+    figures += [(title, where, [speedup(book, s, bits, phase) for bits, s in everyone]) for phase, title in PHASES.items()]
+    figures += [(title, "Compressing", [spent(s.entry) if name == "compress.seconds" else s.entry.measure(name) for _, s in everyone])
+                for title, name in (("Time", "compress.seconds"), ("Peak memory", "compress.peak_rss_bytes"))]  # fmt: skip
+    for title, group, found in figures:
+        column, written = measured(title, found, group)
+        columns.append(column)
+        cells.append(written)
+    columns.insert(5, Column("Keeps 99 %", "of the baseline", "Quality and size"))
+    cells.insert(5, [Cell(book.gate(s.entry)) for _, s in everyone])
+    columns.insert(5, Column("As large as ours", "", "Quality and size"))
+    cells.insert(5, [Cell(_size(book, bits, s)) for bits, s in everyone])
+    rows: list[Any] = []
+    for at, ((bits, _), row) in enumerate(zip(everyone, zip(*cells))):
+        if not at or bits != everyone[at - 1][0]:
+            rows.append(Group(f"{bits} bits", "tool"))
+        rows.append(list(row))
+    caption = (
+        "Every tool with the same model, calibration tokens and scorer, and our best recipe at each width. “tied” says that "
+        "the paired 95 % interval against the first of the width holds no difference; “as large as ours”, whether bits per weight "
+        f"with scales and zeros are within {EQUAL} of ours, so that the comparison is one at equal size. Speed-ups are those of "
+        "the tool's own runtime on one true layer of Qwen-72B over our fastest bf16 layer in the same rounds. Times to compress "
+        "are of the quantization step on the reference model, the least and the most of repeated runs in small print."
+    )
+    return Table(columns, rows, caption, "league")
+
+
+def spent(entry: Entry) -> dict | None:
+    """The time of a tool's quantization step with the spread of its runs; of ours the time of all passes."""
+    runs = [run["seconds"] for run in told(entry).get("runs") or []]
+    if not runs:
+        return entry.measure("compress.seconds")
+    return {"value": float(np.median(runs)), "unit": "seconds", "n": len(runs), "low": min(runs), "high": max(runs)}
+
+
+def _method(standing: Standing) -> str:
+    if standing.ours:
+        return "ours: " + ", ".join(step["pass"] for step in standing.entry.params.get("recipe") or [])
+    found = told(standing.entry)
+    return str(found.get("method") or found["asked"].get("kind") or "")
+
+
+def _place(standing: Standing) -> Cell:
+    if standing.place is None:
+        return Cell(numbers.ABSENT, kind="absent")
+    return Cell(str(standing.place), ("tied with the first",) if standing.tied else (), mark="best" if standing.place == 1 else "")
+
+
+def _size(book: Book, bits: int, standing: Standing) -> str:
+    ours = next((one.entry for one in standings(book, standing.entry.model)[bits] if one.ours), None)
+    sizes = [numbers.number(e and e.measure("size.bits_per_weight")) for e in (standing.entry, ours)]
+    if standing.ours or None in sizes:
+        return "" if standing.ours else numbers.ABSENT
+    more = sizes[0] - sizes[1]
+    return "yes" if abs(more) <= EQUAL else f"{'larger' if more > 0 else 'smaller'} by {abs(more):.2f} bits"
+
+
+def league_words(book: Book) -> str:
+    """Who is first at each width, who ties with it, and what failed."""
+    facts = []
+    for bits, members in standings(book).items():
+        if not any(one.place for one in members):
+            continue
+        ties = [one.entry.name for one in members if one.tied]
+        first = members[0].entry
+        words = f"with {bits} bits {first.name} has the lowest perplexity, {numbers.write(first.measure('quality.perplexity'), 'value')}"
+        facts.append(words + (f", and {', '.join(ties)} {'ties' if len(ties) == 1 else 'tie'} with it" if ties else ""))
+    if not facts:
+        return "No tool has been measured yet: make tools."
+    everyone = [one for members in standings(book).values() for one in members if not one.ours]
+    tools = {told(one.entry)["name"] for one in everyone if one.place}
+    failed = sorted(one.entry.name for one in everyone if one.place is None)
+    text = f"{len(tools)} tools in {sum(one.place is not None for one in everyone)} settings: {'; '.join(facts)}."
+    return text + (f" Without figures: {', '.join(failed)}." if failed else "")
