@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from qlib.progress import silence
+
 __all__ = ["in_child"]
 
 
@@ -17,9 +19,14 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     Raises:
         RuntimeError: the process was killed, for want of memory as a rule; and whatever the function raises.
     """
-    threads = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **threads) as pool:
+    begin = {"initializer": _begin, "initargs": (torch.get_num_threads(),)}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **begin) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             raise RuntimeError(f"{function.__name__}{arguments}: its process was killed; is there enough memory?") from None
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    silence()

@@ -74,7 +74,7 @@ def loss_alt(frame) -> str:
         return "No tool has been measured here."
     best = frame.sort_values("ratio").groupby("bits", sort=True).first()
     facts = [f"with {bits} bits {row['strategy']}, {row['ratio']:.3f} of the baseline's perplexity" for bits, row in best.iterrows()]
-    return f"The least loss has {'; '.join(facts)}."
+    return f"The least loss: {'; '.join(facts)}."
 
 
 def time_alt(frame, bits: int = 4) -> str:

@@ -121,6 +121,6 @@ def test_without_tools_there_is_no_league(tmp_path, make):
 def test_figures_say_what_they_show(tmp_path, make):
     frame = league_frame(build(tmp_path, make))
     assert set(frame["tool"]) == {"ours", "gptqmodel", "llama-cpp"}
-    assert "with 4 bits best-int4" in loss_alt(frame) and "tool-gptqmodel-int4 takes 2.5 s" in time_alt(frame)
+    assert "with 4 bits best-int4" in loss_alt(frame) and "tool-llama-cpp-q4_0 takes 2.5 s" in time_alt(frame)
     for figure in (size_against_loss(frame), time_against_loss(frame)):
         assert figure.axes
