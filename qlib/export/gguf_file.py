@@ -8,7 +8,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter,
 
 from qlib.models.shapes import Shape
 
-__all__ = ["BLOCK", "TENSORS", "architecture", "open_file", "write_random", "tensor_types", "block_bits"]
+__all__ = ["BLOCK", "TENSORS", "architecture", "open_file", "write_random", "tensors_of_shape", "tensor_types", "block_bits"]
 
 BLOCK = 32  # weights that share a scale in Q4_0, Q4_1, Q8_0 and MXFP4
 #: Modules of a decoder block, and what GGUF calls them.
@@ -70,7 +70,7 @@ def write_random(path: Path, shape: Shape, kind: str, head: str, seed: int = 0) 
     writer = open_file(path, architecture("qwen2", shape), shape)
     writer.add_tokenizer_model("none")
     generator = np.random.default_rng(seed)
-    tensors = dict(_random_tensors(shape, kind, head))
+    tensors = dict(tensors_of_shape(shape, kind, head))
     for name, (type_, rows, columns) in tensors.items():
         block, size = GGML_QUANT_SIZES[type_]
         width = columns // block * size
@@ -87,7 +87,7 @@ def write_random(path: Path, shape: Shape, kind: str, head: str, seed: int = 0) 
     writer.close()
 
 
-def _random_tensors(shape: Shape, kind: str, head: str) -> Iterator[tuple[str, tuple[GGMLQuantizationType, int, int]]]:
+def tensors_of_shape(shape: Shape, kind: str, head: str) -> Iterator[tuple[str, tuple[GGMLQuantizationType, int, int]]]:
     """Name, type, rows (0: a vector) and columns of every tensor."""
     linear, outer, plain = (GGMLQuantizationType[name] for name in (kind, head, "F32"))
     yield "token_embd.weight", (outer, shape.vocab, shape.hidden)

@@ -32,7 +32,7 @@ class Options:
 
     name: str = "gptqmodel"
     bits: Literal[2, 3, 4, 8] = 4
-    group_size: Literal[32, 64, 128] | None = 128
+    group_size: Literal[16, 32, 64, 128] | None = 128
     symmetric: bool = False
     iterations: int | None = field(default=None, metadata={"minimum": 1})
     damp: float | None = field(default=None, metadata={"minimum": 0})

@@ -21,37 +21,11 @@ from qlib.errors import UserError
 from qlib.evaluate.quality import score_items, score_windows
 from qlib.tools.exam import read_exam
 from qlib.tools.llama_quantize import dequantize, quantize
-from qlib.tools.llama_session import Session, failed, messages, start
+from qlib.tools.llama_runtime import LlamaRuntime
+from qlib.tools.llama_session import failed, messages, start
 from qlib.tools.llama_timing import time_layer, time_model
 
-__all__ = ["LlamaLogits", "answer", "dequantize", "logits", "quantize", "time_layer", "time_model", "tokenize"]
-
-
-class LlamaLogits:
-    """A GGUF file as a function of token ids, as `qlib.evaluate.quality` asks for it; one sequence at a time.
-
-    Args:
-        tokens: of the longest sequence.
-        exact: see `Session`.
-    """
-
-    def __init__(self, file: str | Path, tokens: int = 1024, threads: int = 1, exact: bool = False) -> None:
-        self.session = Session(file, tokens, threads, exact)
-
-    def __call__(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
-        """Logits of the last `keep` positions of `ids [rows, tokens]`: fp32 `[rows, keep, vocabulary]`."""
-        if ids.shape[1] > self.session.tokens:
-            raise UserError(f"ids: {ids.shape[1]} tokens in a row; allowed: at most {self.session.tokens}")
-        out = torch.empty(len(ids), keep, self.session.vocab)
-        for row, logits in zip(ids.numpy(), out):
-            self.session.forget()
-            self.session.run(row, keep=keep)
-            found = llama_cpp.llama_get_logits(self.session.context)
-            logits.copy_(torch.from_numpy(np.ctypeslib.as_array(found, (keep, self.session.vocab))))
-        return out
-
-    def close(self) -> None:
-        self.session.close()
+__all__ = ["answer", "dequantize", "logits", "quantize", "time_layer", "time_model", "tokenize"]
 
 
 def logits(
@@ -63,7 +37,7 @@ def logits(
         ids, target: npy files.
     """
     rows = torch.from_numpy(np.load(ids))
-    logits_of = LlamaLogits(file, rows.shape[1], threads, exact)
+    logits_of = LlamaRuntime(file, rows.shape[1], threads, exact)
     np.save(target, logits_of(rows, rows.shape[1]).numpy())
     logits_of.close()
     return {"warnings": [line for line in messages if line]}
@@ -80,7 +54,7 @@ def answer(file: str | Path, exam: str | Path, target: str | Path, threads: int 
     """
     asked, begun = read_exam(Path(exam)), time.perf_counter()
     longest = max(map(len, [*asked.texts, *(item.context + item.options[0] for item in asked.items)]))
-    logits_of = LlamaLogits(file, 1 + longest, threads)
+    logits_of = LlamaRuntime(file, 1 + longest, threads)
     try:
         inside, alone = score_items(logits_of, asked.items, asked.start)
         scores = score_windows(logits_of, asked.texts, asked.start)

@@ -9,6 +9,7 @@ import numpy as np
 
 from qlib.errors import UserError
 from qlib.tools.llama_session import failed, messages, start
+from qlib.tools.llama_types import ggml
 
 __all__ = ["Tensor", "dequantize", "quantize", "tensors_of"]
 
@@ -27,26 +28,23 @@ class _GgufOptions(ctypes.Structure):
 
 def tensors_of(file: str | Path) -> dict[str, Tensor]:
     """All tensors of a GGUF file by name, asked of ggml itself: it has types that the gguf package cannot read yet."""
-    ggml = ctypes.CDLL(str(Path(llama_cpp.__file__).with_name("lib") / "libggml-base.so"))
-    opened, integer, text = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
-    ggml.gguf_init_from_file.restype, ggml.gguf_init_from_file.argtypes = opened, [text, _GgufOptions]
-    ggml.gguf_get_n_tensors.restype, ggml.gguf_get_n_tensors.argtypes = integer, [opened]
+    library, opened, integer, text = ggml(), ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
+    library.gguf_init_from_file.restype, library.gguf_init_from_file.argtypes = opened, [text, _GgufOptions]
+    library.gguf_get_n_tensors.restype, library.gguf_get_n_tensors.argtypes = integer, [opened]
     for name, result in (("name", text), ("type", ctypes.c_int), ("size", ctypes.c_size_t)):
-        function = getattr(ggml, f"gguf_get_tensor_{name}")
+        function = getattr(library, f"gguf_get_tensor_{name}")
         function.restype, function.argtypes = result, [opened, integer]
-    ggml.ggml_type_name.restype, ggml.ggml_type_size.restype = text, ctypes.c_size_t
-    ggml.ggml_blck_size.restype = integer
-    ggml.gguf_free.argtypes = [opened]
-    handle = ggml.gguf_init_from_file(str(file).encode(), _GgufOptions(True, None))
+    library.gguf_free.argtypes = [opened]
+    handle = library.gguf_init_from_file(str(file).encode(), _GgufOptions(True, None))
     if not handle:
         raise UserError(f"{file}: is no GGUF file that this llama.cpp can read")
     found = {}
-    for index in range(ggml.gguf_get_n_tensors(handle)):
-        type_, size = ggml.gguf_get_tensor_type(handle, index), ggml.gguf_get_tensor_size(handle, index)
-        count = size // ggml.ggml_type_size(type_) * ggml.ggml_blck_size(type_)
-        name = ggml.ggml_type_name(type_).decode().upper()
-        found[ggml.gguf_get_tensor_name(handle, index).decode()] = Tensor(name, size, count)
-    ggml.gguf_free(handle)
+    for index in range(library.gguf_get_n_tensors(handle)):
+        type_, size = library.gguf_get_tensor_type(handle, index), library.gguf_get_tensor_size(handle, index)
+        count = size // library.ggml_type_size(type_) * library.ggml_blck_size(type_)
+        name = library.ggml_type_name(type_).decode().upper()
+        found[library.gguf_get_tensor_name(handle, index).decode()] = Tensor(name, size, count)
+    library.gguf_free(handle)
     return found
 
 
