@@ -1,4 +1,4 @@
-"""Linears in the GPTQ layout (qweight, qzeros, scales), filled without quantizing: kernels take as long for any codes."""
+"""Linears in the GPTQ layout (qweight, qzeros, scales), filled without quantizing: any codes take as long."""
 
 import math
 

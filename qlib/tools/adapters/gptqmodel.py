@@ -76,7 +76,8 @@ def open_runtime(folder: Path, options: Options | None) -> Runtime:
     model = model.bfloat16()
     told = {"bits": options.bits, "group_size": options.group_size or -1, "sym": options.symmetric}
     told["desc_act"] = bool(options.act_order)
-    kernel = hf_select_quant_linear_v2(**told, format="gptq_v2", quant_method="gptq", device_map={"": "cpu"}, pack=False)
+    place = {"format": "gptq_v2", "quant_method": "gptq", "device_map": {"": "cpu"}}
+    kernel = hf_select_quant_linear_v2(**told, **place, pack=False)
     for name, linear in block_linears(model).items():
         shape = {"in_features": linear.in_features, "out_features": linear.out_features}
         layer = kernel(**told, **shape, bias=linear.bias is not None)

@@ -21,10 +21,10 @@ __all__ = ["ABOUT", "open_runtime", "quantize"]
 
 ABOUT = About(
     package="neural_compressor",
-    idea="Intel's toolbox: a model is prepared, shown text, and converted, and one configuration object says by which of "
-    "several published methods. Rounding to nearest and HQQ look at weights alone; GPTQ and AWQ at the inputs of each "
-    "linear. What comes out keeps its codes packed on disk, but a CPU computes with the dense fp32 weights "
-    "that they are turned back into.",
+    idea="Intel's toolbox: a model is prepared, shown text, and converted, and one configuration object says by which "
+    "of several published methods. Rounding to nearest and HQQ look at weights alone; GPTQ and AWQ at the inputs of "
+    "each linear. What comes out keeps its codes packed on disk, but a CPU computes with the dense fp32 weights that "
+    "they are turned back into.",
     runtime="torch, with weights turned back into fp32 at the first call (HQQ: into fp16 at every call)",
     by_hand="for AWQ and TEQ one example of the input; TEQ's training loop is left to the user, and beside 4 bits its "
     "conversion packs wrong codes, so it is not among the kinds here",
@@ -81,7 +81,7 @@ def _weight(layer: nn.Module) -> torch.Tensor:
 
 
 def _stored_bytes(layer: Any) -> int:
-    """Of codes, scales and zeros, quantized or not, and of scales of inputs. Before HQQ's zeros are first turned back."""
+    """Of codes, scales, zeros and scales of inputs. To be asked before HQQ's zeros are turned back for good."""
     if hasattr(layer, "input_scale"):
         return layer.input_scale.nbytes + _stored_bytes(layer.linear)
     if hasattr(layer, "qweight"):
