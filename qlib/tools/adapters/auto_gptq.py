@@ -10,9 +10,11 @@ from qlib.errors import UserError
 from qlib.quantize.tool import Options
 from qlib.tools.about import About
 from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid
+from qlib.tools.packed import block_linears, fill
+from qlib.tools.runtime import ModuleRuntime, Runtime
 from qlib.tools.witness import Witness
 
-__all__ = ["ABOUT", "quantize"]
+__all__ = ["ABOUT", "open_runtime", "quantize"]
 
 ABOUT = About(
     package="auto_gptq",
@@ -67,6 +69,20 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     size = bits_per_weight(weights, options)
     used = {name: getattr(config, name) for name in ("damp_percent", "desc_act", "static_groups", "true_sequential")}
     return Quantized(weights, seconds, size, used | {"batch_size": 1}, seen=witness.close())
+
+
+def open_runtime(folder: Path, options: Options | None) -> Runtime:
+    """See `qlib.tools.adapter`. Linears are those it makes for a checkpoint, in the model's own dtype."""
+    from auto_gptq.modeling._utils import autogptq_post_init, make_quant
+
+    network, order = load_model(folder), bool(options and options.act_order)
+    if options is None:
+        return ModuleRuntime(network.float())
+    names = list(block_linears(network))
+    make_quant(network, names, options.bits, options.group_size or -1, desc_act=order)
+    for name in names:
+        fill(network.get_submodule(name), options.bits)
+    return ModuleRuntime(autogptq_post_init(network, use_act_order=order))
 
 
 def _in_tuple(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,9 +10,11 @@ import torch
 from qlib.quantize.tool import Options
 from qlib.tools.about import About
 from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid
+from qlib.tools.packed import block_linears, fill
+from qlib.tools.runtime import ModuleRuntime, Runtime
 from qlib.tools.witness import Witness
 
-__all__ = ["ABOUT", "quantize"]
+__all__ = ["ABOUT", "open_runtime", "quantize"]
 
 ABOUT = About(
     package="auto_round",
@@ -64,3 +66,25 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     used = {name: getattr(rounding, name, None) for name in ("amp", "lr", "seed")}
     used |= {"iterations": iterations, "batch_size": BATCH, "enable_torch_compile": False}
     return Quantized(weights, seconds, bits_per_weight(weights, options), used, seen=witness.close())
+
+
+def open_runtime(folder: Path, options: Options | None) -> Runtime:
+    """See `qlib.tools.adapter`. It chooses among its kernels as for a checkpoint that transformers loads for it."""
+    from auto_round.inference.convert_model import convert_hf_model, post_init
+    from transformers import AutoRoundConfig
+
+    model = load_model(folder)
+    if options is None:
+        return ModuleRuntime(model.float())
+    names, group = list(block_linears(model)), options.group_size or -1
+    model.config.quantization_config = AutoRoundConfig(
+        bits=options.bits,
+        group_size=group,
+        sym=options.symmetric,
+        packing_format="auto_round:auto_gptq" if options.symmetric else "auto_round",  # as it saves them
+    )
+    model, used = convert_hf_model(model, "cpu")
+    for name in names:
+        fill(model.get_submodule(name), options.bits)
+    post_init(model, used)
+    return ModuleRuntime(model)

@@ -11,10 +11,12 @@ import torch
 
 from qlib.quantize.tool import Options
 from qlib.tools.about import About
-from qlib.tools.adapter import Quantized, bits_per_weight
+from qlib.tools.adapter import Quantized, bits_per_weight, load_model
+from qlib.tools.packed import block_linears, fill, replace
+from qlib.tools.runtime import ModuleRuntime, Runtime
 from qlib.tools.witness import Witness
 
-__all__ = ["ABOUT", "quantize"]
+__all__ = ["ABOUT", "open_runtime", "quantize"]
 
 ABOUT = About(
     package="gptqmodel",
@@ -31,8 +33,7 @@ ABOUT = About(
 
 def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     """See `qlib.tools.adapter`. It packs while it goes on; the time it says it packed for is left out."""
-    # It asks for two workers even where there is one core, and refuses to be imported if it does not get them.
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
+    _allow_import()
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     asked = {"damp_percent": options.damp, "desc_act": options.act_order}
@@ -62,6 +63,39 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     used |= {"true_sequential": config.true_sequential, "batch_size": 1, "packing_seconds": packing}
     size = bits_per_weight(weights, options, index=bool(config.desc_act))
     return Quantized(weights, seconds - packing, size, used, seen=witness.close())
+
+
+def open_runtime(folder: Path, options: Options | None) -> Runtime:
+    """See `qlib.tools.adapter`. Its selector chooses the kernel, as it does for a checkpoint on a CPU, in bf16."""
+    model = load_model(folder)
+    if options is None:
+        return ModuleRuntime(model.float())
+    _allow_import()
+    from gptqmodel.utils.importer import hf_select_quant_linear_v2
+
+    model = model.bfloat16()
+    told = {"bits": options.bits, "group_size": options.group_size or -1, "sym": options.symmetric}
+    told["desc_act"] = bool(options.act_order)
+    place = {"format": "gptq_v2", "quant_method": "gptq", "device_map": {"": "cpu"}}
+    kernel = hf_select_quant_linear_v2(**told, **place, pack=False)
+    for name, linear in block_linears(model).items():
+        shape = {"in_features": linear.in_features, "out_features": linear.out_features}
+        layer = kernel(**told, **shape, bias=linear.bias is not None)
+        fill(layer, options.bits)
+        layer.scales = layer.scales.bfloat16()  # what its loader makes of them on a CPU
+        if layer.bias is not None:
+            layer.bias = layer.bias.bfloat16()
+        layer.eval().post_init()
+        replace(model, name, layer)
+    runtime = ModuleRuntime(model)
+    for _ in range(2):  # its torch kernel is compiled at the first pass, and once more when zeros are cached
+        runtime.prefill(torch.arange(2))
+    return runtime
+
+
+def _allow_import() -> None:
+    """It asks for two workers even where there is one core, and refuses to be imported if it does not get them."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, len(os.sched_getaffinity(0)))))
 
 
 def _packing_seconds(model: Any) -> float:

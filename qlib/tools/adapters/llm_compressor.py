@@ -4,15 +4,17 @@ import tempfile
 import time
 from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlib.quantize.tool import Options
 from qlib.tools.about import About
 from qlib.tools.adapter import Quantized, bits_per_weight, load_model, on_grid
+from qlib.tools.runtime import ModuleRuntime, Runtime
 from qlib.tools.witness import Witness
 
-__all__ = ["ABOUT", "quantize"]
+__all__ = ["ABOUT", "open_runtime", "quantize"]
 
 ABOUT = About(
     package="llmcompressor",
@@ -28,23 +30,16 @@ ABOUT = About(
 
 def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     """See `qlib.tools.adapter`. The time is that of its one-shot call, which packs nothing."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
 
-    numbers = QuantizationArgs(
-        num_bits=options.bits,
-        type="int",
-        symmetric=options.symmetric,
-        strategy="group" if options.group_size else "channel",
-        group_size=options.group_size,
-    )
+    scheme = _scheme(options)
     asked = {} if options.damp is None else {"dampening_frac": options.damp}
     if options.act_order is not None:
         asked["actorder"] = "static" if options.act_order else None
     modifier = GPTQModifier(
-        config_groups={"linears": QuantizationScheme(targets=["Linear"], weights=numbers)},
+        config_groups={"linears": scheme},
         ignore=["lm_head"],
         **asked,
     )
@@ -70,6 +65,37 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
         if getattr(layer, "weight_scale", None) is not None
     }
     used = {"dampening_frac": modifier.dampening_frac, "block_size": modifier.block_size}
+    numbers = scheme.weights
     used |= {"actorder": getattr(numbers.actorder, "value", numbers.actorder), "observer": str(numbers.observer)}
     size = bits_per_weight(weights, options, zeros=not options.symmetric)
     return Quantized(weights, seconds, size, used, seen=witness.close())
+
+
+def _scheme(options: Options) -> Any:
+    """What it calls a scheme: every linear, weights alone."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    numbers = QuantizationArgs(
+        num_bits=options.bits,
+        type="int",
+        symmetric=options.symmetric,
+        strategy="group" if options.group_size else "channel",
+        group_size=options.group_size,
+    )
+    return QuantizationScheme(targets=["Linear"], weights=numbers)
+
+
+def open_runtime(folder: Path, options: Options | None) -> Runtime:
+    """See `qlib.tools.adapter`. Rounded to nearest and packed; its own hook unpacks all of it before the first pass."""
+    from compressed_tensors.compressors import ModelCompressor
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    model = load_model(folder)
+    if options is None:
+        return ModuleRuntime(model.float())
+    modifier = QuantizationModifier(config_groups={"linears": _scheme(options)}, ignore=["lm_head"])
+    with tempfile.TemporaryDirectory() as elsewhere, chdir(elsewhere):
+        model = oneshot(model=model, recipe=[modifier], pipeline="datafree")
+        ModelCompressor.from_pretrained_model(model).compress_model(model)
+    return ModuleRuntime(model)
