@@ -31,10 +31,12 @@ def one_linear(name: str, source: str, weight: torch.Tensor) -> onnx.ModelProto:
     rows, columns = weight.shape
     inputs = helper.make_tensor_value_info(source, TensorProto.FLOAT, ["batch", "tokens", columns])
     output = helper.make_tensor_value_info(f"{name}.out", TensorProto.FLOAT, ["batch", "tokens", rows])
-    stored = numpy_helper.from_array(np.ascontiguousarray(weight.float().numpy().T), f"{name}.weight")
-    node = helper.make_node("MatMul", [source, stored.name], [output.name], name)
-    graph = helper.make_graph([node], "linear", [inputs], [output], [stored])
-    return helper.make_model(graph, opset_imports=OPSETS, ir_version=IR)
+    node = helper.make_node("MatMul", [source, f"{name}.weight"], [output.name], name)
+    graph = helper.make_graph([node], "linear", [inputs], [output])
+    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR)  # which copies, so that the weight comes last
+    stored = model.graph.initializer.add(name=f"{name}.weight", dims=[columns, rows], data_type=TensorProto.FLOAT)
+    stored.raw_data = weight.T.contiguous().float().numpy().tobytes()
+    return model
 
 
 class Graph:
@@ -59,7 +61,7 @@ class Graph:
         """Append all of a graph; what linears with the same input have in common, the quantizers call by the same name."""
         for node in part.graph.node:
             if self.made.isdisjoint(node.output):
-                self._append(node)
+                self._append(_copy(node))
         for tensor in part.graph.initializer:
             self._store(tensor)
 
@@ -76,15 +78,24 @@ class Graph:
         self.made |= set(node.output)
 
     def _store(self, tensor: onnx.TensorProto) -> None:
-        """Keep a tensor, its bytes in the file; empties it."""
-        if len(tensor.raw_data) >= SMALL:
-            self.data.seek(-self.data.tell() % PAGE, 1)  # where a file can be mapped
-            place = {"location": DATA, "offset": self.data.tell(), "length": len(tensor.raw_data)}
-            self.data.write(tensor.raw_data)
-            tensor.ClearField("raw_data")
-            tensor.data_location = TensorProto.EXTERNAL
-            tensor.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in place.items())
-        self.tensors.append(tensor)
+        """Keep a tensor, its bytes in the file."""
+        if len(tensor.raw_data) < SMALL:
+            self.tensors.append(_copy(tensor))
+            return
+        self.data.seek(-self.data.tell() % PAGE, 1)  # where a file can be mapped
+        place = {"location": DATA, "offset": self.data.tell(), "length": len(tensor.raw_data)}
+        self.data.write(tensor.raw_data)
+        kept = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+        kept.data_location = TensorProto.EXTERNAL
+        kept.external_data.extend(onnx.StringStringEntryProto(key=k, value=str(v)) for k, v in place.items())
+        self.tensors.append(kept)
+
+
+def _copy(message: Any) -> Any:
+    """A message of its own: one that is taken from a graph keeps all of the graph in memory."""
+    own = type(message)()
+    own.CopyFrom(message)
+    return own
 
 
 def build(model: nn.Module, folder: Path, pack: Pack | None = None) -> Path:
