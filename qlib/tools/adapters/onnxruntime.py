@@ -22,7 +22,8 @@ ABOUT = About(
     "Quantization rewrites the graph: a product with a constant matrix becomes one operator, MatMulNBits, whose weight lies "
     "in blocks of 2, 4 or 8 bits, each with a scale in the graph's own type: fp32 on a CPU, so small blocks cost more bits "
     "than elsewhere. Its plain rounding never searches; beside it stand a weighted search of each block's range (from "
-    "llama.cpp's K-quants), HQQ, which fits fractional zeros without data, and GPTQ on inputs of the uncompressed model. "
+    "llama.cpp's K-quants), HQQ, which fits fractional zeros without data, and a GPTQ on inputs of the uncompressed model, "
+    "which in version 1.32 takes its updates from the empty half of a triangular matrix: nothing of the text reaches a weight. "
     "Its older dynamic quantization rounds activations to 8 bits when it runs, all tokens of a call with one scale. "
     "Asked for accuracy level 4, MatMulNBits rounds activations to 8 bits in blocks as well.",
     runtime="its CPU kernels (MLAS) for MatMulNBits and grouped attention; activations in fp32, in 8 bits inside of products",
@@ -33,7 +34,7 @@ ABOUT = About(
         "rtn": Kind(ANY, ANY, ANY, "RTN"),
         "k_quant": Kind(4, ANY, False, "RTN, ranges searched with weighted errors"),
         "hqq": Kind(ANY, ANY, False, "HQQ"),
-        "gptq": Kind(4, ANY, ANY, "GPTQ"),
+        "gptq": Kind(4, ANY, ANY, "GPTQ without its updates"),
         "dynamic": Kind(8, None, True, "RTN, one scale per matrix", 8),
         "dynamic-channel": Kind(8, None, True, "RTN", 8),
     },
