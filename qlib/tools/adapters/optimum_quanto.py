@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, Callable
 
 import torch
 from torch import nn
@@ -49,12 +50,16 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
 
 def open_runtime(folder: Path, options: Options | None) -> ModuleRuntime:
     """See `qlib.tools.adapter`. Uncompressed in fp32; else in bf16, for which torch has the kernels."""
+    from optimum.quanto import WeightQBitsTensor
+
     model = load_model(folder)
     if options is None:
         return ModuleRuntime(model.float())
     model = model.bfloat16()
     _compress(model, options)
-    _build_elsewhere()
+    if any(type(layer.weight.data) is WeightQBitsTensor for layer in model.modules() if _is_compressed(layer)):
+        _build_unpacking()
+    model.forward = _outside_of_inference_mode(model.forward)
     return ModuleRuntime(model)
 
 
@@ -81,7 +86,6 @@ def _values(weight: torch.Tensor) -> torch.Tensor:
     Its own dequantization rounds to bf16, and recomputes the offset that torch's kernel for int4 has in another form.
     """
     from optimum.quanto import WeightQBytesTensor
-    from optimum.quanto.library.unpack import unpack
     from optimum.quanto.tensor.weights.tinygemm import TinyGemmWeightQBitsTensor
 
     if isinstance(weight, WeightQBytesTensor):
@@ -89,8 +93,9 @@ def _values(weight: torch.Tensor) -> torch.Tensor:
     if isinstance(weight, TinyGemmWeightQBitsTensor):  # around the middle code: scale and offset [groups, out, 2]
         scale, middle = weight._scale_shift.float().permute(2, 1, 0)[..., None]
         codes = weight._data.unpack().float().unflatten(1, (scale.shape[1], -1))  # [out, groups, group]
-        return ((codes - 8) * scale + middle).flatten(1)
-    codes = unpack(weight._data._data, weight._qtype.bits)[: len(weight._scale)]  # rows are groups
+        return ((codes - 8) * scale + middle).flatten(1).contiguous()
+    packed, bits = weight._data._data, weight._qtype.bits  # its own unpacking would have to be compiled first
+    codes = torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])[: len(weight._scale)]
     return (weight._scale.float() * codes - weight._shift.float()).reshape(weight.shape)
 
 
@@ -101,11 +106,22 @@ def _bytes(tensor: torch.Tensor) -> int:
     return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
-def _build_elsewhere() -> None:
-    """What it compiles when it first unpacks goes to a temporary folder, not between its own sources."""
+def _outside_of_inference_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Its two-bit tensors cannot be transposed there; without gradients is all that they need."""
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return forward(*arguments, **named)
+
+    return wrapped
+
+
+def _build_unpacking() -> None:
+    """Compile its unpacking (a minute) into a temporary folder: it would do so between its own sources, at the first call."""
     from optimum.quanto.library.extensions.extension import get_extension
 
-    place = tempfile.TemporaryDirectory()
-    extension = get_extension("quanto_cpp")
-    extension.build_directory, extension.temporary = place.name, place  # removed when this process ends
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where ninja is
+    with tempfile.TemporaryDirectory() as place:
+        extension = get_extension("quanto_cpp")
+        extension.build_directory = place
+        extension.lib  # stays loaded when its file is gone
