@@ -24,7 +24,7 @@ ABOUT = About(
     runtime="its HQQLinear in torch, which dequantizes the whole weight for every call",
     loads=("transformers", "vLLM"),
     by_hand="put its layers into the model one by one, on the device cpu; its fast kernels (gemlite, torchao_int4) need CUDA",
-    documentation="https://github.com/dropbox/hqq#basic-usage",
+    documentation="https://github.com/mobiusml/hqq#basic-usage",
     calibrates=False,
 )
 
