@@ -44,6 +44,7 @@ def test_its_layers_compute_with_the_values_that_are_scored():
 
 @pytest.mark.parametrize("refused", [{"symmetric": True}, {"group_size": 128}])
 def test_what_it_does_not_have_is_refused(model_folder, refused):
-    options, folder = Options("hqq", **{"group_size": 64} | refused), model_folder(hidden_size=192, intermediate_size=64)
+    folder = model_folder(hidden_size=192, intermediate_size=64)
+    options = Options("hqq", **{"group_size": 64} | refused)
     with pytest.raises(UserError, match=f"^hqq: {next(iter(refused))}: "):
         run_tool(options, folder, IDS)

@@ -17,15 +17,15 @@ __all__ = ["ABOUT", "open_runtime", "quantize"]
 
 ABOUT = About(
     package="hqq",
-    idea="Half-quadratic quantization reads no text: for each group of weights it moves the zero until most of them are "
-    "hit well, and lets a few be hit badly, since a norm below one asks little of outliers. The two halves of each step "
-    "have a closed form, so a large model takes minutes. The zero is a real number, except in 4 bits, where it starts "
-    "from a whole one.",
+    idea="Half-quadratic quantization reads no text: for each group of weights it moves the zero until most of them "
+    "are hit well, and lets a few be hit badly, since a norm below one asks little of outliers. The two halves "
+    "of each step have a closed form, so a large model takes minutes. The zero is a real number, except in 4 "
+    "bits, where it starts from a whole one.",
     method="HQQ",
     runtime="its HQQLinear in torch, which dequantizes the whole weight for every call",
     loads=("transformers", "vLLM"),
-    by_hand="put its layers into the model one by one, on the device cpu; its fast kernels (gemlite, torchao_int4) need "
-    "CUDA",
+    by_hand="put its layers into the model one by one, on the device cpu; its fast kernels (gemlite, torchao_int4) need"
+    " CUDA",
     documentation="https://github.com/mobiusml/hqq#basic-usage",
     calibrates=False,
 )

@@ -19,9 +19,10 @@ __all__ = ["ABOUT", "open_runtime", "quantize"]
 
 ABOUT = About(
     package="optimum",
-    idea="Plain rounding as a type of tensor: a linear's weight becomes a tensor of codes that multiplies by itself, so "
-    "any torch model runs compressed, and can even be trained on. Eight bits have one scale per output channel, four and "
-    "two a scale and a real offset for each group of 128. It reads no text unless activations are rounded, too.",
+    idea="Plain rounding as a type of tensor: a linear's weight becomes a tensor of codes that multiplies by itself,"
+    " so any torch model runs compressed, and can even be trained on. Eight bits have one scale per output "
+    "channel, four and two a scale and a real offset for each group of 128. It reads no text unless activations"
+    " are rounded, too.",
     runtime="torch's own kernels for int8 and int4 weights with bf16; two bits are unpacked for every call",
     loads=("transformers", "diffusers"),
     by_hand="a C++ compiler, and ninja on the path: it builds the unpacking of two bits when that first runs",
@@ -117,7 +118,7 @@ def _outside_of_inference_mode(forward: Callable[..., Any]) -> Callable[..., Any
 
 
 def _build_unpacking() -> None:
-    """Compile its unpacking (a minute) in a temporary folder; it would do so among its own sources, at its first call."""
+    """Compile its unpacking (a minute) in a temporary folder; it would do so among its sources, when first called."""
     from optimum.quanto.library.extensions.extension import get_extension
 
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where ninja is
