@@ -1,5 +1,7 @@
 """torchao: tensors that hold codes in the place of a linear's weight, from the makers of PyTorch."""
 
+import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,8 @@ ABOUT = About(
     "and scales and says itself how a matrix product is done with it, so that the model's code stays as it is and "
     "torch.compile can fuse what it does. The codes are rounded to nearest; HQQ, where it is chosen, moves scale (and zero) "
     "until what is left is sparse, by looking at the weights alone. No text is read.",
-    runtime="its tensors in transformers' model in bf16, not compiled: int4 in PyTorch's own CPU kernel, int8 and fewer bits "
-    "turned back into bf16 for every call",
+    runtime="its tensors in transformers' model in bf16: int4 in PyTorch's own CPU kernel, what torch.compile makes of the others; "
+    "linears are compiled for steps of one token, as transformers' generate does, where there is a C++ compiler",
     loads=("transformers", "vLLM", "ExecuTorch"),
     by_hand="for 4 bits on a CPU take the configuration of its prototypes, as the one of its documentation is for GPUs; its own "
     "C++ kernels for 1 to 8 bits and for int8 activations with int4 weights are not in the package for x86",
@@ -42,11 +44,18 @@ ROWS = 256  # of the unit matrix that asks a kernel for its weights
 
 
 def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
-    """See `qlib.tools.adapter`. No text is read; the scales are computed from the weights in the checkpoint's dtype."""
+    """See `qlib.tools.adapter`. No text is read; the scales are computed from the weights in the checkpoint's dtype.
+
+    Raises:
+        UserError: the groups do not fit a linear, which the tool would leave as it is without a word.
+    """
     from torchao.quantization import quantize_
     from torchao.quantization.utils import recommended_inductor_config_setter
 
     model, config = load_model(folder), _config(options)
+    for name, layer in model.model.layers.named_modules():
+        if isinstance(layer, nn.Linear) and not _fits(layer, options):
+            raise UserError(f"group_size: {options.group_size} does not divide the {layer.in_features} inputs of {name}")
     recommended_inductor_config_setter()  # it would do so while it quantizes, and what that imports takes its time
     begun = time.perf_counter()
     quantize_(model.model.layers, config)
@@ -62,14 +71,38 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
 
 
 def open_runtime(folder: Path, options: Options | None) -> Runtime:
-    """See `qlib.tools.adapter`. Round to nearest in the place of HQQ, which ends in the same format."""
+    """See `qlib.tools.adapter`. Round to nearest in the place of HQQ, which ends in the same format.
+
+    Linears that the groups do not fit stay as they are.
+    """
     from torchao.quantization import quantize_
 
     model = load_model(folder)
     if options is None:
         return ModuleRuntime(model.float())
-    quantize_(model.bfloat16().model.layers, _config(options, plain=True))
-    return ModuleRuntime(model)
+    chosen = {layer for layer in model.modules() if isinstance(layer, nn.Linear) and _fits(layer, options)}
+    quantize_(model.bfloat16().model.layers, _config(options, plain=True), lambda layer, name: layer in chosen)
+    return _Stepping(model) if shutil.which(os.environ.get("CXX", "g++")) else ModuleRuntime(model)
+
+
+class _Stepping(ModuleRuntime):
+    """Linears are compiled for steps of one token. A prompt is not: the integer kernel is slower than bf16 at many rows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        torch._dynamo.config.recompile_limit = 64  # shapes of linears, of more than one model in a process
+        with torch.inference_mode():
+            for layer in filter(_is_packed, model.modules()):
+                layer.compile(dynamic=False)
+                layer(torch.zeros(1, 1, layer.in_features, dtype=torch.bfloat16))
+
+    @torch.compiler.set_stance("force_eager")
+    def __call__(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
+        return super().__call__(ids, keep)
+
+    @torch.compiler.set_stance("force_eager")
+    def prefill(self, ids: torch.Tensor) -> None:
+        super().prefill(ids)
 
 
 def _config(options: Options, plain: bool = False) -> Any:
@@ -99,6 +132,10 @@ def _config(options: Options, plain: bool = False) -> Any:
             intx_choose_qparams_algorithm=getattr(IntxChooseQParamsAlgorithm, "HQQ_SCALE_ONLY" if hqq else "AFFINE"),
         )
     return {"int8": Int8WeightOnlyConfig, "int8-dynamic": Int8DynamicActivationInt8WeightConfig}[kind]()
+
+
+def _fits(layer: nn.Linear, options: Options) -> bool:
+    return layer.in_features % (options.group_size or 1) == 0
 
 
 def _told(config: Any) -> dict[str, str]:
