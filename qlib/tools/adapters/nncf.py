@@ -27,7 +27,8 @@ ABOUT = About(
     "group's scale to the layer's outputs; GPTQ may take their place. Codes are decompressed inside the matrix product, in "
     "registers. By default, and left out where we score, the runtime computes in bf16 where the processor can, keeps the "
     "cache in 8 bits and rounds activations to 8 bits before products with compressed weights.",
-    runtime="OpenVINO's C++ kernels (oneDNN), made for the processor when the graph is compiled",
+    runtime="OpenVINO's C++ kernels (oneDNN), made for the processor when the graph is compiled; none for "
+    "codes of 3 bits, which become a dense weight again",
     loads=("OpenVINO", "OpenVINO GenAI", "optimum-intel"),
     by_hand="trace the model with its cache as inputs, make these a state with an empty beginning, and keep it from sending "
     "usage data; optimum-intel, which does it for its users, asks for other versions of transformers",
@@ -60,6 +61,8 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     _compress(graph, options, asked, _rows(ids, seen) if asked else {})
     seconds = time.perf_counter() - begun
     weights, size = stored(graph)
+    if options.bits == 3:  # without a kernel for them, the whole weight is decompressed when compiling, in fp16
+        weights = {name: weight.half().float() for name, weight in weights.items()}
     bits = 8 * size / sum(weight.numel() for weight in weights.values())
     used = {"mode": _mode(options), "group_size": options.group_size or -1, "ratio": 1.0} | asked
     used |= _defaults(asked) | {"weights before": "bf16", "activations when scored": "fp32"}
