@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.tools,
     pytest.mark.skipif(STATE != "installed", reason=f"nncf is {STATE}: run `qlib tools install nncf`"),
 ]
-SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+SMALL = dict(hidden_size=128, intermediate_size=256, num_attention_heads=2, num_key_value_heads=2, head_dim=64)
 
 #: Logits of a batch, alone and behind a cache; then the compressed graph against the weights that were read from it.
 SCRIPT = """
