@@ -37,7 +37,8 @@ class _Step(nn.Module):
         self.network = network
 
     def forward(self, ids: torch.Tensor, places: torch.Tensor, beams: torch.Tensor, *past: torch.Tensor) -> tuple:
-        """ids `[rows, tokens]`, places `[logits]`, beams `[rows]`, past: keys and values `[rows, heads, cached, width]`.
+        """ids `[rows, tokens]`, places `[logits]`, beams `[rows]`, past: keys and values
+        `[rows, heads, cached, width]`.
 
         The kernel that keeps the cache where it is needs `beams`, which choose the cache of each row, to be there.
         """

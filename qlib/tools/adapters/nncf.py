@@ -21,17 +21,20 @@ __all__ = ["ABOUT", "open_runtime", "quantize"]
 AWQ, GPTQ = "AWQ, scales estimated", "GPTQ"
 ABOUT = About(
     package="nncf",
-    idea="Intel's pair: OpenVINO turns a model into a graph that a C++ runtime compiles for the processor at hand, and NNCF "
-    "replaces the weights in that graph by codes, scales and zeros. By rounding alone it needs no data. With data, AWQ first "
-    "shifts strong input channels of the down projection into its weights, and an estimation of scales then fits each "
-    "group's scale to the layer's outputs; GPTQ may take their place. Codes are decompressed inside the matrix product, in "
-    "registers. By default, and left out where we score, the runtime computes in bf16 where the processor can, keeps the "
-    "cache in 8 bits and rounds activations to 8 bits before products with compressed weights.",
-    runtime="OpenVINO's C++ kernels (oneDNN), made for the processor when the graph is compiled",
+    idea="Intel's pair: OpenVINO turns a model into a graph that a C++ runtime compiles for the processor at hand, and"
+    " NNCF replaces the weights in that graph by codes, scales and zeros. By rounding alone it needs no data. "
+    "With data, AWQ first shifts strong input channels of the down projection into its weights, and an estimation"
+    " of scales then fits each group's scale to the layer's outputs; GPTQ may take their place. Codes are "
+    "decompressed inside the matrix product, in registers. By default, and left out where we score, the runtime "
+    "computes in bf16 where the processor can, keeps the cache in 8 bits and rounds activations to 8 bits before "
+    "products with compressed weights.",
+    runtime="OpenVINO's C++ kernels (oneDNN), made for the processor when the graph is compiled; none for codes of 3 "
+    "bits, which become a dense weight again",
     loads=("OpenVINO", "OpenVINO GenAI", "optimum-intel"),
-    by_hand="trace the model with its cache as inputs, make these a state with an empty beginning, and keep it from sending "
-    "usage data; optimum-intel, which does it for its users, asks for other versions of transformers",
-    documentation="https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/weight-compression.html",
+    by_hand="trace the model with its cache as inputs, make these a state with an empty beginning, and keep it from "
+    "sending usage data; all but the last is what optimum-intel does for its users",
+    documentation="https://docs.openvino.ai/nightly/openvino-workflow/model-optimization-guide/weight-compression/"
+    "4-bit-weight-quantization.html",
     kinds={
         "int8_asym": Kind(8, None, False, "RTN"),
         "int8_sym": Kind(8, None, True, "RTN"),
@@ -60,6 +63,8 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     _compress(graph, options, asked, _rows(ids, seen) if asked else {})
     seconds = time.perf_counter() - begun
     weights, size = stored(graph)
+    if options.bits == 3:  # without a kernel for them, the whole weight is decompressed when compiling, in fp16
+        weights = {name: weight.half().float() for name, weight in weights.items()}
     bits = 8 * size / sum(weight.numel() for weight in weights.values())
     used = {"mode": _mode(options), "group_size": options.group_size or -1, "ratio": 1.0} | asked
     used |= _defaults(asked) | {"weights before": "bf16", "activations when scored": "fp32"}
