@@ -19,8 +19,8 @@ __all__ = ["ABOUT", "open_runtime", "quantize"]
 ABOUT = About(
     package="bitsandbytes",
     idea="Compression while a model is loaded, without a look at any text. NF4 has 16 levels that are quantiles of a "
-    "normal distribution, as weights are nearly normal; FP4 has those of a float of 4 bits. Blocks of 64 weights share their "
-    "largest absolute value, which double quantization stores in 8 bits. LLM.int8() rounds weights by rows and "
+    "normal distribution, as weights are nearly normal; FP4 has those of a float of 4 bits. Blocks of 64 weights share "
+    "their largest absolute value, which double quantization stores in 8 bits. LLM.int8() rounds weights by rows and "
     "activations by tokens to 8 bits, and computes apart, unrounded, the few input channels in which some activation "
     "reaches 6. QLoRA trains small matrices beside such weights.",
     runtime="its linears in transformers' model in bf16: 4 bits in its own C++ kernels (fused where the processor has "

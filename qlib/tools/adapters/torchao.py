@@ -22,12 +22,12 @@ ABOUT = About(
     package="torchao",
     idea="Quantization as a kind of tensor: one call replaces the weight of every linear by a tensor subclass that "
     "holds codes and scales and says itself how a matrix product is done with it, so that the model's code stays as it "
-    "is and torch.compile can fuse what it does. The codes are rounded to nearest; HQQ, where it is chosen, moves scale (and "
-    "zero) until what is left is sparse, by looking at the weights alone. No text is read.",
+    "is and torch.compile can fuse what it does. The codes are rounded to nearest; HQQ, where it is chosen, moves scale "
+    "(and zero) until what is left is sparse, by looking at the weights alone. No text is read.",
     runtime="its tensors in transformers' model in bf16: int4 in PyTorch's own CPU kernel, what torch.compile makes of "
     "the others; linears are compiled for steps of one token, as transformers' generate does, where a C++ compiler is",
     loads=("transformers", "vLLM", "ExecuTorch"),
-    by_hand="for 4 bits on a CPU take the configuration of its prototypes, as the one of its documentation is for GPUs; "
+    by_hand="for 4 bits on a CPU take the configuration of its prototypes, as that of its documentation is for GPUs; "
     "its own C++ kernels for 1 to 8 bits and for int8 activations with int4 weights are not in the package for x86",
     documentation="https://docs.pytorch.org/ao/stable/workflows/inference.html",
     kinds={
