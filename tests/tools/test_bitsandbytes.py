@@ -1,4 +1,4 @@
-"""bitsandbytes' formats: how many values, how many bits, and that its kernels compute with the values it is said to have."""
+"""bitsandbytes' formats: how many values, how many bits, and that its kernels compute with these values."""
 
 import json
 import os
@@ -20,7 +20,8 @@ pytestmark = [
     pytest.mark.skipif(environment_of("bitsandbytes").state != "installed", reason="qlib tools install bitsandbytes"),
 ]
 IDS = torch.arange(1, 65).reshape(2, 32)
-SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+SHAPE = {"hidden_size": 128, "intermediate_size": 256} | HEADS
 #: Runs in the tool's environment: the compressed model in its kernels, and an ordinary one with its values.
 INSIDE = """
 import json, sys

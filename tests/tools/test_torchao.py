@@ -1,4 +1,4 @@
-"""torchao's formats: how many values, how many bits, and that its own kernels compute with the values it is said to have."""
+"""torchao's formats: how many values, how many bits, and that its own kernels compute with these values."""
 
 import json
 import os
@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.skipif(environment_of("torchao").state != "installed", reason="qlib tools install torchao"),
 ]
 IDS = torch.arange(1, 65).reshape(2, 32)
-SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+SHAPE = {"hidden_size": 128, "intermediate_size": 256} | HEADS
 #: Runs in the tool's environment: the compressed model in its kernels, and an ordinary one with its values.
 INSIDE = """
 import json, sys
@@ -59,7 +60,8 @@ def test_values_of_each_format(options, bits, model_folder, tmp_path):
     weights = load_file(found.weights)
     assert len(weights) == 14 and found.bits_per_weight == pytest.approx(bits, abs=0.2 if options.bits == 8 else 1e-6)
     for name, weight in weights.items():
-        assert max(len(group.unique()) for group in weight.reshape(-1, options.group_size or 128)) <= 2**options.bits, name
+        groups = weight.reshape(-1, options.group_size or 128)
+        assert max(len(group.unique()) for group in groups) <= 2**options.bits, name
 
 
 @pytest.mark.parametrize(

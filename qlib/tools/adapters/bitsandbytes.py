@@ -18,16 +18,16 @@ __all__ = ["ABOUT", "open_runtime", "quantize"]
 
 ABOUT = About(
     package="bitsandbytes",
-    idea="Compression while a model is loaded, without a look at any text. NF4 has 16 levels that are quantiles of a normal "
-    "distribution, as weights are nearly normal; FP4 has those of a float of 4 bits. Blocks of 64 weights share their largest "
-    "absolute value, which double quantization stores in 8 bits. LLM.int8() rounds weights by rows and activations by tokens "
-    "to 8 bits, and computes apart, in 16 bits, the few input channels in which some activation reaches 6. QLoRA trains small "
-    "matrices beside such weights.",
-    runtime="its linears in transformers' model in bf16: 4 bits in its own C++ kernels (where the processor has AVX512-BF16 fused, "
-    "with weights packed anew and block scales rounded to bf16), int8 as PyTorch's integer product",
+    idea="Compression while a model is loaded, without a look at any text. NF4 has 16 levels that are quantiles of a "
+    "normal distribution, as weights are nearly normal; FP4 has those of a float of 4 bits. Blocks of 64 weights share "
+    "their largest absolute value, which double quantization stores in 8 bits. LLM.int8() rounds weights by rows and "
+    "activations by tokens to 8 bits, and computes apart, unrounded, the few input channels in which some activation "
+    "reaches 6. QLoRA trains small matrices beside such weights.",
+    runtime="its linears in transformers' model in bf16: 4 bits in its own C++ kernels (fused where the processor has "
+    "AVX512-BF16, with weights packed anew and block scales rounded to bf16), int8 as PyTorch's integer product",
     loads=("transformers", "PEFT", "vLLM"),
-    by_hand="for int8 silence its logger, which warns at every call that the activations are cast to fp16; its package `kernels`, "
-    "which would fetch a faster kernel for 4 bits from the hub, is left out",
+    by_hand="for int8 silence its logger, which warns at every call that the activations are cast to fp16; its package "
+    "`kernels`, which would fetch a faster kernel for 4 bits from the hub, is left out",
     documentation="https://huggingface.co/docs/transformers/quantization/bitsandbytes",
     kinds={
         "nf4": Kind(4, 64, True, "RTN"),
@@ -48,7 +48,7 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     stored = sum(_stored_bits(layer) for layer in packed.values())
     size = stored / sum(layer.in_features * layer.out_features for layer in packed.values())
     if rounds:
-        used = {"llm_int8_threshold": THRESHOLD, "outliers computed in": "fp32, as is the rest of the model"}
+        used = {"llm_int8_threshold": THRESHOLD, "outliers": "channels with one in any row of a call, computed in fp32"}
         return Quantized({}, seconds, size, used, runtime=ModuleRuntime(model))
     weights = {name: _values(layer.weight) for name, layer in packed.items()}
     state = next(iter(packed.values())).weight.quant_state
@@ -68,7 +68,7 @@ def open_runtime(folder: Path, options: Options | None) -> Runtime:
 
 
 def _replace_linears(model: nn.Module, options: Options) -> tuple[dict[str, nn.Module], float]:
-    """Put its linears into the blocks, in place, one after the other. Returns them by name, and the seconds of rounding."""
+    """Put its linears into the blocks, in place, one by one. Returns them by name, and the seconds of rounding."""
     import bitsandbytes  # noqa: F401  what it loads is not counted
 
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # a line for every call

@@ -14,20 +14,21 @@ from qlib.quantize.tool import Options
 from qlib.tools.about import ANY, About, Kind
 from qlib.tools.adapter import Quantized, load_model
 from qlib.tools.runtime import ModuleRuntime, Runtime
+from qlib.tools.torchao_tensors import computing_in_fp32, is_packed, stored_bits, values
 
 __all__ = ["ABOUT", "open_runtime", "quantize"]
 
 ABOUT = About(
     package="torchao",
-    idea="Quantization as a kind of tensor: one call replaces the weight of every linear by a tensor subclass that holds codes "
-    "and scales and says itself how a matrix product is done with it, so that the model's code stays as it is and "
-    "torch.compile can fuse what it does. The codes are rounded to nearest; HQQ, where it is chosen, moves scale (and zero) "
-    "until what is left is sparse, by looking at the weights alone. No text is read.",
-    runtime="its tensors in transformers' model in bf16: int4 in PyTorch's own CPU kernel, what torch.compile makes of the others; "
-    "linears are compiled for steps of one token, as transformers' generate does, where there is a C++ compiler",
+    idea="Quantization as a kind of tensor: one call replaces the weight of every linear by a tensor subclass that "
+    "holds codes and scales and says itself how a matrix product is done with it, so that the model's code stays as it "
+    "is and torch.compile can fuse what it does. The codes are rounded to nearest; HQQ, where it is chosen, moves scale "
+    "(and zero) until what is left is sparse, by looking at the weights alone. No text is read.",
+    runtime="its tensors in transformers' model in bf16: int4 in PyTorch's own CPU kernel, what torch.compile makes of "
+    "the others; linears are compiled for steps of one token, as transformers' generate does, where a C++ compiler is",
     loads=("transformers", "vLLM", "ExecuTorch"),
-    by_hand="for 4 bits on a CPU take the configuration of its prototypes, as the one of its documentation is for GPUs; its own "
-    "C++ kernels for 1 to 8 bits and for int8 activations with int4 weights are not in the package for x86",
+    by_hand="for 4 bits on a CPU take the configuration of its prototypes, as that of its documentation is for GPUs; "
+    "its own C++ kernels for 1 to 8 bits and for int8 activations with int4 weights are not in the package for x86",
     documentation="https://docs.pytorch.org/ao/stable/workflows/inference.html",
     kinds={
         "int8": Kind(8, None, True, "RTN"),
@@ -39,8 +40,6 @@ ABOUT = About(
     },
     calibrates=False,
 )
-
-ROWS = 256  # of the unit matrix that asks a kernel for its weights
 
 
 def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
@@ -55,19 +54,21 @@ def quantize(folder: Path, ids: torch.Tensor, options: Options) -> Quantized:
     model, config = load_model(folder), _config(options)
     for name, layer in model.model.layers.named_modules():
         if isinstance(layer, nn.Linear) and not _fits(layer, options):
-            raise UserError(f"group_size: {options.group_size} does not divide the {layer.in_features} inputs of {name}")
+            columns = layer.in_features
+            raise UserError(f"group_size: {options.group_size} does not divide the {columns} inputs of {name}")
     recommended_inductor_config_setter()  # it would do so while it quantizes, and what that imports takes its time
     begun = time.perf_counter()
     quantize_(model.model.layers, config)
     seconds = time.perf_counter() - begun
-    linears = {name: layer for name, layer in model.named_modules() if _is_packed(layer)}
-    stored = sum(_stored_bits(layer.weight) for layer in linears.values())
+    linears = {name: layer for name, layer in model.named_modules() if is_packed(layer)}
+    stored = sum(stored_bits(layer.weight) for layer in linears.values())
     size = stored / sum(layer.weight.numel() for layer in linears.values())
     used = {"config": _told(config), "codes": "packed" if options.kind in ("int4", "int4-hqq") else "one in each byte"}
     if ABOUT.kinds[options.kind].activations is None:
-        weights = {name: _values(layer.weight) for name, layer in linears.items()}
+        weights = {name: values(layer.weight) for name, layer in linears.items()}
         return Quantized(weights, seconds, size, used)
-    return Quantized({}, seconds, size, used, runtime=ModuleRuntime(_computing_in_fp32(model)))
+    used |= {"activations": "rounded to int8 by tokens when it runs; all else in fp32"}
+    return Quantized({}, seconds, size, used, runtime=ModuleRuntime(computing_in_fp32(model)))
 
 
 def open_runtime(folder: Path, options: Options | None) -> Runtime:
@@ -86,23 +87,23 @@ def open_runtime(folder: Path, options: Options | None) -> Runtime:
 
 
 class _Stepping(ModuleRuntime):
-    """Linears are compiled for steps of one token. A prompt is not: the integer kernel is slower than bf16 at many rows."""
+    """Linears are compiled for steps of one token; a prompt goes uncompiled, which suits many rows better."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         torch._dynamo.config.recompile_limit = 64  # shapes of linears, of more than one model in a process
         with torch.inference_mode():
-            for layer in filter(_is_packed, model.modules()):
+            for layer in filter(is_packed, model.modules()):
                 layer.compile(dynamic=False)
                 layer(torch.zeros(1, 1, layer.in_features, dtype=torch.bfloat16))
 
-    @torch.compiler.set_stance("force_eager")
     def __call__(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
-        return super().__call__(ids, keep)
+        with torch.compiler.set_stance("force_eager"):
+            return super().__call__(ids, keep)
 
-    @torch.compiler.set_stance("force_eager")
     def prefill(self, ids: torch.Tensor) -> None:
-        super().prefill(ids)
+        with torch.compiler.set_stance("force_eager"):
+            super().prefill(ids)
 
 
 def _config(options: Options, plain: bool = False) -> Any:
@@ -141,52 +142,3 @@ def _fits(layer: nn.Linear, options: Options) -> bool:
 def _told(config: Any) -> dict[str, str]:
     """The class of a configuration and all of its settings, its defaults among them."""
     return {"class": type(config).__name__} | {name: str(value) for name, value in vars(config).items()}
-
-
-def _is_packed(layer: nn.Module) -> bool:
-    from torchao.utils import TorchAOBaseTensor
-
-    return isinstance(layer, nn.Linear) and isinstance(layer.weight, TorchAOBaseTensor)
-
-
-def _stored_bits(weight: torch.Tensor) -> int:
-    """Of all plain tensors that the tensor consists of: codes, scales and zeros as they are kept and saved."""
-    return sum(8 * getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])
-
-
-def _values(weight: torch.Tensor) -> torch.Tensor:
-    """What the stored codes stand for in fp32, by torchao itself; products in bf16 round them once more."""
-    from torchao.prototype.quantization.int4 import Int4OpaqueTensor
-    from torchao.quantization import Int8Tensor
-
-    if isinstance(weight, Int8Tensor):
-        return weight.dequantize(torch.float32)
-    if not isinstance(weight, Int4OpaqueTensor):
-        return weight.to(torch.float32).dequantize()
-    # Only its kernel reads these codes: fp32 activations that are 1 in one place give the weights themselves.
-    exact = Int4OpaqueTensor(weight.qdata, weight.scale_and_zero.float(), weight.block_size, weight.shape)
-    units = torch.eye(weight.shape[1]).split(ROWS)
-    return torch.cat([nn.functional.linear(rows, exact) for rows in units]).T.contiguous()
-
-
-def _computing_in_fp32(model: nn.Module) -> nn.Module:
-    """The same codes and scales in a model that computes in fp32, so that nothing but activations is rounded on the way."""
-    from torchao.quantization import Int8Tensor
-
-    for layer in filter(_is_packed, model.modules()):
-        told = layer.weight
-        exact = Int8Tensor(
-            told.qdata,
-            told.scale,
-            told.block_size,
-            torch.float32,
-            zero_point=told.zero_point,
-            act_quant_kwargs=told.act_quant_kwargs,
-            reduce_range=told.reduce_range,
-        )
-        layer.weight = nn.Parameter(exact, requires_grad=False)
-    for layer in model.modules():
-        for name, one in layer.named_parameters(recurse=False):
-            if not _is_packed(layer) or name != "weight":
-                one.data = one.data.float()
-    return model
