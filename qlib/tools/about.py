@@ -50,6 +50,7 @@ class About:
         kinds: its own formats or methods, of which a strategy names one; empty: bits, group and symmetry are free.
         takes: those optional settings of the pass that it has: iterations, damp, act_order.
         calibrates: whether any of what it does reads text.
+        beside: other distributions that compute for it, whose versions count.
     """
 
     package: str
@@ -62,6 +63,7 @@ class About:
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     takes: frozenset[str] = frozenset()
     calibrates: bool = True
+    beside: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1)

@@ -104,7 +104,8 @@ def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
 
 def versions(name: str) -> dict[str, str]:
     """Versions of the tool and of what computes for it, by distribution."""
-    found = {one: version_of(one) for one in (distribution_of(name), "torch", "transformers", "tokenizers", "numpy")}
+    others = (*about(name).beside, "torch", "transformers", "tokenizers", "numpy")
+    found = {one: version_of(one) for one in (distribution_of(name), *others)}
     return {one: version for one, version in found.items() if version}
 
 
@@ -117,16 +118,18 @@ def distribution_of(name: str) -> str:
 def facts(name: str) -> dict[str, str]:
     """Distribution, licence and Python versions of a tool, as its own package states them, and when it was released.
 
-    The day stands in the lock's comments as ``# released: 2026-01-31``; what is not stated is empty.
+    The day stands in the lock's comments as ``# released: 2026-01-31``, and so does a licence (``# licence: MIT``) that the
+    package does not state; what is not stated is empty.
     """
     told = metadata.metadata(distribution_of(name))
     trove = [line.rpartition(" :: ")[2] for line in told.get_all("Classifier") or [] if line.startswith("License ::")]
     words = next((one for one in (told.get("License-Expression"), *trove, told.get("License")) if one), "")
     lines = environment_of(name).lock.read_text(encoding="utf-8").splitlines()
-    days = [line.partition(":")[2].strip() for line in lines if line.startswith("# released:")]
+    noted = dict(line.removeprefix("# ").split(": ", 1) for line in lines if line.startswith(("# released: ", "# licence: ")))
+    words = words or noted.get("licence", "")
     return {
         "distribution": distribution_of(name),
         "licence": words.strip().splitlines()[0][:60] if words else "",
         "python": told.get("Requires-Python") or "",
-        "released": days[0] if days else "",
+        "released": noted.get("released", "").strip(),
     }

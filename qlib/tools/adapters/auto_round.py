@@ -26,6 +26,7 @@ ABOUT = About(
     loads=("transformers", "vLLM", "gptqmodel"),
     documentation="https://github.com/intel/auto-round/blob/main/docs/step_by_step.md",
     takes=frozenset({"iterations"}),
+    beside=("auto-round-lib",),
 )
 
 ITERATIONS, BATCH = 200, 8  # its own defaults

@@ -50,6 +50,7 @@ ABOUT = About(
         "int2_sym_awq": Kind(2, 128, True, AWQ),
         "int2_sym_gptq": Kind(2, 128, True, GPTQ),
     },
+    beside=("openvino",),
 )
 
 METHODS = {"RTN": {}, AWQ: {"awq": True, "scale_estimation": True}, GPTQ: {"gptq": True}}

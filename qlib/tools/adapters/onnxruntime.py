@@ -38,6 +38,7 @@ ABOUT = About(
         "dynamic": Kind(8, None, True, "RTN, one scale per matrix", 8),
         "dynamic-channel": Kind(8, None, True, "RTN", 8),
     },
+    beside=("onnx",),
 )
 
 ACCURACY = 4  # the level its documentation recommends on a CPU: activations in 8 bits inside of products
