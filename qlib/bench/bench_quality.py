@@ -1,4 +1,4 @@
-"""Our best recipe at 4, 3 and 2 bits against every tool on the reference model: perplexity, paired by documents."""
+"""Our best recipe at 8, 4, 3 and 2 bits against every tool on the reference model: perplexity, paired by documents."""
 
 from pathlib import Path
 
@@ -7,13 +7,11 @@ import numpy as np
 from qlib.bench.rows import Row, judge, missing
 from qlib.params import load_strategies
 from qlib.report.book import Entry, collect
+from qlib.report.league import OURS
 from qlib.report.numbers import number
 from qlib.report.pairs import interval_of, together
 
 __all__ = ["measure"]
-
-#: Widths at which a tool has nothing to compare with, and why.
-WITHOUT = {("llama.cpp", 3): "its types of 3 bits need widths that are multiples of 256; here they are of 128"}
 
 
 def measure(root: Path) -> list[Row]:
@@ -23,16 +21,13 @@ def measure(root: Path) -> list[Row]:
     """
     entries = {one.name: one for one in collect(root / "reports" / "runs", root / "reports" / "published").strategies}
     strategies = load_strategies(sorted((root / "params").glob("tool-*.yaml")), root)
-    rows = [(one.recipe[0]["bits"], one.name, None) for one in strategies]
-    rows += [(bits, tool, why) for (tool, bits), why in WITHOUT.items()]
-    return [_row(bits, name, why, entries) for bits, name, why in sorted(rows, key=lambda row: (-row[0], row[1]))]
+    rows = [(one.recipe[0]["bits"], one.name) for one in strategies]
+    return [_row(bits, name, entries) for bits, name in sorted(rows, key=lambda row: (-row[0], row[1]))]
 
 
-def _row(bits: int, name: str, why: str | None, entries: dict[str, Entry]) -> Row:
-    ours = f"best-int{bits}"
+def _row(bits: int, name: str, entries: dict[str, Entry]) -> Row:
+    ours = OURS[bits]
     what, target = f"perplexity of {ours} over {name}", "not above 1" if bits >= 4 else "<= 1"
-    if why:
-        return missing(what, target, "ratio", why)
     pair = [entries.get(ours), entries.get(name)]
     samples = together([entries.get("baseline"), *pair]) if all(pair) else None
     if samples is None:

@@ -5,6 +5,8 @@ be, which tells what a call costs beside the layer: that is taken off, in its fa
 """
 
 import tempfile
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -24,22 +26,24 @@ from qlib.evaluate.fastest import fastest_form
 from qlib.evaluate.timing import exclusive, median_interval, time_rounds
 from qlib.models.shapes import Shape, find_shape
 from qlib.params import load_strategies
+from qlib.progress import clock
 from qlib.quantize.tool import Options
-from qlib.tools.about import about
+from qlib.tools.about import ANY, about
 
 __all__ = ["measure", "settings_of"]
 
 CONTEXT = PROMPT = 256
 VOCAB = 32
-SECONDS = {"decode": 20.0, "prefill": 30.0}  # that the counted rounds of a tool may take about
-ROUNDS = (3, 9)
+SECONDS = {"decode": 8.0, "prefill": 12.0}  # that the counted rounds of a setting may take about
+ROUNDS = (3, 7)
+BUDGET = 2700.0  # seconds after which no further setting begins
 CPU = torch.device("cpu")
 ROWS = {"decode": 1, "prefill": PROMPT}
 
 
 def measure(root: Path) -> list[Row]:
     """Two rows for each setting of a tool. Settings that run in the same format are timed once."""
-    rows = []
+    rows, begun = [], time.perf_counter()
     wide = replace(find_shape("qwen-72b"), vocab=VOCAB, tied=True)
     narrow = replace(wide, heads=1, kv_heads=1, ffn=256)
     with tempfile.TemporaryDirectory() as folder, exclusive():
@@ -47,9 +51,13 @@ def measure(root: Path) -> list[Row]:
         for name, shape in (("layer", wide), ("rest", narrow)):
             write_random_checkpoint(models[name], shape, 1, VOCAB)
         for ours, group in groupby(settings_of(root), key=lambda setting: our_format(setting[0])):
-            layers = {phase: _layers(wide, ours, phase) for phase in ROWS}
+            layers: dict[str, dict[str, nn.Module]] = {}
             for options, names in group:
-                print(f"  {names[0]}", flush=True)
+                print(f"  {names[0]}, after {clock(time.perf_counter() - begun)}", flush=True)
+                if time.perf_counter() - begun > BUDGET:
+                    rows += _failed(names, ours, f"the benchmark's {clock(BUDGET)} were over", ROWS)
+                    continue
+                layers = layers or {phase: _layers(wide, ours, phase) for phase in ROWS}
                 rows += _rows(options, names, ours, layers, models, wide)
     return rows
 
@@ -60,10 +68,20 @@ def settings_of(root: Path, by: str = "runtime") -> list[tuple[Options, list[str
     found: dict[tuple, tuple[Options, list[str]]] = {}
     for strategy in load_strategies(sorted((root / "params").glob("tool-*.yaml")), root):
         options = Options(**{name: value for name, value in strategy.recipe[0].items() if name != "pass"})
-        key = (options.name, options.bits, options.group_size, options.symmetric, _activations(options))
-        key += (options.method,) if by == "method" else ()
+        key = _runs_as(options) if by == "runtime" else (options.name, options.bits, options.method)
         found.setdefault(key, (options, []))[1].append(strategy.name)
     return sorted(found.values(), key=lambda one: (-one[0].bits, our_format(one[0]), one[1][0]))
+
+
+def _runs_as(options: Options) -> tuple:
+    """What a kernel sees. Kinds with the same numbers and the same method can only differ in their format."""
+    kinds = about(options.name).kinds
+    if not options.kind:
+        return options.name, options.bits, options.symmetric
+    kind = kinds[options.kind]
+    alike = [name for name, other in kinds.items() if other == kind]
+    fixed = None if kind.group_size == ANY else kind.group_size
+    return options.name, options.bits, options.symmetric, fixed, kind.activations, alike.index(options.kind)
 
 
 def _activations(options: Options) -> int | None:
@@ -91,7 +109,6 @@ def _rows(
     """Decode and prefill of one setting against our format."""
     rows, threads = [], torch.get_num_threads()
     facts = {"strategies": names, "format": ours}
-    titles = {phase: f"72B layer, {phase}: our {ours} over {names[0].removeprefix('tool-')}" for phase in ROWS}
     try:
         with tool(options, models["layer"], models["rest"], CONTEXT, PROMPT, threads, VOCAB) as guest:
             for phase in ROWS:
@@ -102,13 +119,22 @@ def _rows(
                 how += f"; {guest.about['runtime']}; {len(theirs)} rounds, {threads} threads"
                 own = facts | {"phase": phase, "tool_ms": told["tool"], "ours_ms": told[ours], "bf16_ms": told["bf16"]}
                 own |= {"speedup": time_ratio(times["bf16"], theirs), "rest_ms": _rest(guest, phase, len(theirs))}
-                rows.append(replace(judge(titles[phase], ">= 1", time_ratio(theirs, mine), "times", how), facts=own))
+                rows.append(replace(judge(_title(phase, ours, names), ">= 1", time_ratio(theirs, mine), "times", how), facts=own))
     except UserError as error:
         left = [phase for phase in ROWS if phase not in {row.facts["phase"] for row in rows}]
-        why = str(error).splitlines()[0][:300]
-        own = facts | {"error": why}
-        rows += [replace(missing(titles[phase], ">= 1", "times", why), facts=own | {"phase": phase}) for phase in left]
+        rows += _failed(names, ours, str(error).splitlines()[0][:300], left)
     return rows
+
+
+def _title(phase: str, ours: str, names: list[str]) -> str:
+    return f"72B layer, {phase}: our {ours} over {names[0].removeprefix('tool-')}"
+
+
+def _failed(names: list[str], ours: str, why: str, phases: Iterable[str]) -> list[Row]:
+    """Rows of phases that were not measured."""
+    facts = {"strategies": names, "format": ours, "error": why}
+    rows = {phase: missing(_title(phase, ours, names), ">= 1", "times", why) for phase in phases}
+    return [replace(row, facts=facts | {"phase": phase}) for phase, row in rows.items()]
 
 
 def _take_turns(phase: str, layers: dict[str, nn.Module], guest: Guest, shape: Shape) -> dict[str, np.ndarray]:

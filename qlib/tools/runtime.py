@@ -55,6 +55,7 @@ class RuntimeModel(nn.Module):
         self.config._attn_implementation = "its own"  # takes no mask from elsewhere
         for name, child in model.named_children():
             self.add_module(name, child)
+        self.get_input_embeddings, self.get_output_embeddings = model.get_input_embeddings, model.get_output_embeddings
 
     @property
     def device(self) -> torch.device:

@@ -73,10 +73,10 @@ def project(tmp_path):
     return tmp_path
 
 
-def call(project: Path, *words: str) -> str:
-    """A command of the copy."""
+def call(project: Path, *words: str, module: bool = True) -> str:
+    """A command of the copy; else arguments for its Python."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(project), "PYTHONPATH": str(project), "QLIB_NATIVE": "0"}
-    command = [sys.executable, "-m", "qlib", *words]
+    command = [sys.executable, *(["-m", "qlib"] if module else []), *words]
     found = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
@@ -103,6 +103,16 @@ def test_three_files_make_a_tool(project):
     assert measured["quality.perplexity_ratio"]["value"] == pytest.approx(1, abs=0.01)
 
     assert "faketool  1.0      installed  1 of 1" in call(project, "tools", "list")
+    code = (
+        "from pathlib import Path; from qlib.bench.guests import tool; from qlib.quantize.tool import Options\n"
+        "options, folder = Options('faketool', 8, None, True), Path('qlib/models/reference-2').resolve()\n"
+        "with tool(options, folder, folder, 16, 8, 1, 100) as guest:\n"
+        "    [guest.ask(phase) for phase in ('decode', 'prefill', 'decode')]\n"
+        "    print(len(guest.milliseconds('decode', 'layer', 2)), guest.about['versions']['faketool'], guest.rounds['prefill'])\n"
+    )
+    said = call(project, "-c", code, module=False)
+    assert said.startswith("2 1.0 [{'layer': ") and "'rest': " in said
+
     call(project, "report")
     page = (project / "reports" / "index.html").read_text()
     assert 'id="table-league"' in page and "tool-faketool-int8" in page and "released 2026-01-31" in page

