@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlib.bench.limited import run_limited
@@ -16,7 +17,7 @@ from qlib.models.shapes import find_shape
 from qlib.stream.manifest import NAME
 from qlib.stream.run import INDEX, stream
 
-__all__ = ["measure", "peaks_of", "lacks_disk", "keep_layers", "SHALLOW", "RTN"]
+__all__ = ["measure", "measure_methods", "peaks_of", "lacks_disk", "keep_layers", "SHALLOW", "RTN"]
 
 GIB = 2**30
 RTN = [{"pass": "rtn", "bits": 4}]
@@ -32,6 +33,11 @@ DISK = 40e9  # bytes that must be free
 
 
 def measure(root: Path) -> list[Row]:
+    """Rows of the methods that take minutes for a layer at most; for GPTQ see `bench_stream_gptq`."""
+    return measure_methods(root, ("RTN int4", "Wanda 50 %"))
+
+
+def measure_methods(root: Path, names: Sequence[str]) -> list[Row]:
     """Peak memory of each method, each in a process of its own, whose times are not the point."""
     if why := lacks_disk(root):
         return [missing("72B layers, streamed: peak anonymous memory", "<= 6", "GiB", why)]
@@ -40,7 +46,7 @@ def measure(root: Path) -> list[Row]:
         write_random_checkpoint(model, find_shape("qwen-72b"), DEEP)
         for layers in (DEEP, SHALLOW):
             keep_layers(model, layers)
-            for name in (name for name, told in METHODS.items() if told[2] == layers):
+            for name in (name for name in names if METHODS[name][2] == layers):
                 rows += _memory(model, Path(folder) / f"streamed-{len(rows)}", name)
         return rows
 

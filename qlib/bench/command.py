@@ -23,7 +23,7 @@ def add_command(commands: Any, **style: Any) -> None:
     about = "\n".join(f"  {name:<12}{what}" for name, what in benchmarks().items())
     parser = commands.add_parser("bench", help=SUMMARY, description=f"{SUMMARY}\n\n{about}", **style)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="some benchmarks; other rows stay")
-    parser.add_argument("--limit", type=float, default=3600, metavar="SECONDS", help="start no other one after (default: an hour)")
+    parser.add_argument("--limit", type=float, default=3600, metavar="SECONDS", help="start nothing else after (default: an hour)")
     parser.add_argument("--output", metavar="FILE", help="default: reports/bench.json")
     parser.set_defaults(action=_bench, runs=None)
 
@@ -72,7 +72,8 @@ def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path) 
             continue
         print(f"{name}: {known[name]}", flush=True)
         start = time.perf_counter()
-        rows = module.measure(root)
+        left = (limit - (start - begun),) if getattr(module, "LIMITED", False) else ()
+        rows = module.measure(root, *left)
         done[name] = [asdict(row) | {"benchmark": name, "provenance": where} for row in rows]
         print(rows_text(done[name]), f"{name}: {time.perf_counter() - start:.0f} s\n", sep="\n", flush=True)
         write_atomic(target, json.dumps([row for one in known for row in done.get(one, [])], indent=1) + "\n")

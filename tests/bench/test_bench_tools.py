@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qlib.bench.bench_methods import OURS
-from qlib.bench.bench_tools import our_format, settings_of
+from qlib.bench.bench_tools import WIDTHS, our_format, settings_of
 from qlib.evaluate.footprint import grid_of
 from qlib.quantize.tool import Options
 from qlib.recipe import read_recipe
@@ -12,14 +12,14 @@ from qlib.tools.about import about, tool_names
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_strategy_is_in_one_setting_most_bits_first():
+def test_every_strategy_is_in_one_setting_width_by_width():
     files = {file.stem for file in (ROOT / "params").glob("tool-*.yaml")}
     for by in ("runtime", "method"):
         found = settings_of(ROOT, by)
         names = [name for _, group in found for name in group]
         assert sorted(names) == sorted(files)
         widths = [options.bits for options, _ in found]
-        assert widths == sorted(widths, reverse=True)
+        assert widths == sorted(widths, key=WIDTHS.index)
     groups = [group for _, group in settings_of(ROOT)]
     together = [{"tool-nncf-int4_asym", "tool-nncf-int4_asym_awq", "tool-nncf-int4_asym_gptq"}, {"tool-hqq-int4", "tool-hqq-int4-g128"}]
     assert all(any(names <= set(group) for group in groups) for names in together)  # the same kernel
