@@ -20,7 +20,6 @@ from qlib.report.headline import headline_frame, headline_words
 from qlib.report.league import league_words
 from qlib.report.measures import FAMILIES, FIELDS, MEASURES
 from qlib.report.quantized import METHODS, method_words
-from qlib.report.rivals import rival_words
 from qlib.report.scale_frames import SENTENCES as TRUE_SHAPE
 from qlib.report.scale_frames import sentence
 
@@ -40,7 +39,6 @@ SENTENCES: dict[str, Callable[[Book], str]] = {
     "ablation": words.ablation_words,
     "either": either_words,
     "literature": words.literature_words,
-    "rivals": rival_words,
     "league": league_words,
     "bench": lambda book: bench_words(book.bench),
 }

@@ -10,6 +10,7 @@ from qlib.report.book import Book, Entry
 from qlib.report.html import Cell, Column, Group, Table, measured
 from qlib.report.measures import MEASURES
 from qlib.report.pairs import interval_of, sign, together
+from qlib.tools.about import about, tool_names
 
 __all__ = ["OURS", "Standing", "league_table", "league_words", "standings", "timed", "told"]
 
@@ -117,21 +118,21 @@ def league_table(book: Book, model: str | None = None) -> Table | None:
     if not any(not one.ours for _, one in everyone):
         return None
     columns, cells = [Column("Strategy"), Column("Method"), Column("Place", numeric=True)], []
-    cells += [[Cell(s.entry.name, (s.entry.label,) if s.entry.state != "done" and s.place is None else (), link=f"#{book.anchor(s.entry)}") for _, s in everyone]]  # fmt: skip
+    cells.append([_named(book, one.entry, one.place) for _, one in everyone])
     cells += [[Cell(_method(s)) for _, s in everyone], [_place(s) for _, s in everyone]]
     figures = [(title, "Quality and size", [s.entry.measure(name) for _, s in everyone]) for title, name in BESIDE.items()]
-    figures.append(("Perplexity over ours", "Quality and size", [None if s.ours else s.ratio for _, s in everyone]))
+    figures.append(("Perplexity over ours", "Quality and size", [Cell("") if s.ours else s.ratio for _, s in everyone]))
     where = "One 72B layer, over bf16"
     figures += [(title, where, [speedup(book, s, bits, phase) for bits, s in everyone]) for phase, title in PHASES.items()]
-    figures += [(title, "Compressing", [spent(s.entry) if name == "compress.seconds" else s.entry.measure(name) for _, s in everyone])
-                for title, name in (("Time", "compress.seconds"), ("Peak memory", "compress.peak_rss_bytes"))]  # fmt: skip
+    figures.append(("Time", "Compressing", [spent(one.entry) for _, one in everyone]))
+    figures.append(("Peak memory", "Compressing", [one.entry.measure("compress.peak_rss_bytes") for _, one in everyone]))
     for title, group, found in figures:
-        column, written = measured(title, found, group)
+        column, written = measured(title, [None if isinstance(one, Cell) else one for one in found], group)
         columns.append(column)
-        cells.append(written)
+        cells.append([one if isinstance(one, Cell) else cell for one, cell in zip(found, written)])
     columns.insert(5, Column("Keeps 99 %", "of the baseline", "Quality and size"))
     cells.insert(5, [Cell(book.gate(s.entry)) for _, s in everyone])
-    columns.insert(5, Column("As large as ours", "", "Quality and size"))
+    columns.insert(5, Column("Over ours", "bits", "Quality and size", numeric=True))
     cells.insert(5, [Cell(_size(book, bits, s)) for bits, s in everyone])
     rows: list[Any] = []
     for at, ((bits, _), row) in enumerate(zip(everyone, zip(*cells))):
@@ -140,12 +141,18 @@ def league_table(book: Book, model: str | None = None) -> Table | None:
         rows.append(list(row))
     caption = (
         "Every tool with the same model, calibration tokens and scorer, and our best recipe at each width. “tied” says that "
-        "the paired 95 % interval against the first of the width holds no difference; “as large as ours”, whether bits per weight "
-        f"with scales and zeros are within {EQUAL} of ours, so that the comparison is one at equal size. Speed-ups are those of "
+        f"the paired 95 % interval against the first of the width holds no difference; “equal”, that bits per weight, with scales and "
+        f"zeros, are within {EQUAL} of ours, so that the comparison is one at equal size. Speed-ups are those of "
         "the tool's own runtime on one true layer of Qwen-72B over our fastest bf16 layer in the same rounds. Times to compress "
         "are of the quantization step on the reference model, the least and the most of repeated runs in small print."
     )
     return Table(columns, rows, caption, "league")
+
+
+def _named(book: Book, entry: Entry, place: int | None) -> Cell:
+    """The strategy's name, and its state where there are no figures."""
+    notes = (entry.label,) if place is None else ()
+    return Cell(entry.name.removeprefix("tool-"), notes, link=f"#{book.anchor(entry)}")
 
 
 def spent(entry: Entry) -> dict | None:
@@ -160,7 +167,10 @@ def _method(standing: Standing) -> str:
     if standing.ours:
         return "ours: " + ", ".join(step["pass"] for step in standing.entry.params.get("recipe") or [])
     found = told(standing.entry)
-    return str(found.get("method") or found["asked"].get("kind") or "")
+    name, kind = found["name"], found["asked"].get("kind")
+    known = about(name) if name in tool_names() else None
+    stated = (known.kinds[kind].method if kind in known.kinds else known.method) if known else ""
+    return str(found.get("method") or stated)
 
 
 def _place(standing: Standing) -> Cell:
@@ -170,12 +180,13 @@ def _place(standing: Standing) -> Cell:
 
 
 def _size(book: Book, bits: int, standing: Standing) -> str:
+    """Bits per weight more than ours, or that they are as many."""
     ours = next((one.entry for one in standings(book, standing.entry.model)[bits] if one.ours), None)
     sizes = [numbers.number(e and e.measure("size.bits_per_weight")) for e in (standing.entry, ours)]
     if standing.ours or None in sizes:
         return "" if standing.ours else numbers.ABSENT
     more = sizes[0] - sizes[1]
-    return "yes" if abs(more) <= EQUAL else f"{'larger' if more > 0 else 'smaller'} by {abs(more):.2f} bits"
+    return "equal" if abs(more) <= EQUAL else f"{'+' if more > 0 else chr(0x2212)}{abs(more):.2f}"
 
 
 def league_words(book: Book) -> str:
@@ -193,5 +204,9 @@ def league_words(book: Book) -> str:
     everyone = [one for members in standings(book).values() for one in members if not one.ours]
     tools = {told(one.entry)["name"] for one in everyone if one.place}
     failed = sorted(one.entry.name for one in everyone if one.place is None)
+    signs = [sign({end: one.ratio[end] - 1 for end in ("low", "high")}) for one in everyone if one.ratio]
+    counts = [(signs.count(1), "higher"), (signs.count(-1), "lower"), (signs.count(0), "not measurably different")]
+    beside = ", ".join(f"{word} in {count}" for count, word in counts if count)
     text = f"{len(tools)} tools in {sum(one.place is not None for one in everyone)} settings: {'; '.join(facts)}."
+    text += f" Beside our recipe of the same width, perplexity is {beside} of them." if beside else ""
     return text + (f" Without figures: {', '.join(failed)}." if failed else "")

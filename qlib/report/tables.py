@@ -16,13 +16,12 @@ from qlib.report.measures import MEASURES, family_label
 from qlib.report.needs import needs_table
 from qlib.report.quantized import arranged, heading
 from qlib.report.relations import is_control, kinds
-from qlib.report.rivals import rivals_table
 from qlib.report.tool_facts import fairness_table, ideas_table, tools_table
 from qlib.report.trained import ablation_table, precision_table, recovery_table
 
 __all__ = [
     "article_table", "comparison", "recovery_table", "precision_table", "ablation_table", "literature_table",
-    "either_table", "speed_table", "failures", "provenance", "floor", "rerun", "bench_table", "rivals_table", "league_table",
+    "either_table", "speed_table", "failures", "provenance", "floor", "rerun", "bench_table", "league_table",
     "tools_table", "fairness_table", "ideas_table", "needs_table",
 ]  # fmt: skip
 

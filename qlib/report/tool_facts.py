@@ -40,8 +40,8 @@ def tools_table(book: Book) -> Table | None:
             [
                 Cell(name, link=about_.documentation if about_ else ""),
                 Cell(version or numbers.ABSENT, (f"released {own['released']}",) if own.get("released") else ()),
-                Cell(own.get("licence") or numbers.ABSENT),
-                Cell(own.get("python") or numbers.ABSENT),
+                Cell(own.get("licence") or "not stated"),
+                Cell(own.get("python") or "not stated"),
                 Cell(about_.runtime if about_ else ""),
                 Cell(", ".join(about_.loads) if about_ else "", kind=""),
                 Cell((about_.by_hand if about_ else "") or "nothing"),

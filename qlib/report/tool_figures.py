@@ -14,6 +14,8 @@ __all__ = ["league_frame", "loss_alt", "size_against_loss", "time_against_loss",
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 OURS = "ours"
+TICKS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000)  # percent
+NEAR = 1.0  # percent: the axis is linear below it, logarithmic above
 
 
 def league_frame(book: Book, model: str | None = None):
@@ -51,20 +53,24 @@ def _drawn(frame, x: str, label: str, empty: str):
         marks = _marks(frame)
         own = frame[frame["tool"] == OURS].sort_values(x)
         if len(own) > 1:
-            axes.plot(own[x], own["ratio"], color=INK, linewidth=1, zorder=1)
+            axes.plot(own[x], 100 * (own["ratio"] - 1), color=INK, linewidth=1, zorder=1)
         for _, row in frame.iterrows():
             size = 9 if row["tool"] == OURS else 6
-            point(axes, marks[row["tool"]], row[x], row["ratio"], yerr=whiskers(row, "ratio"), size=size)
+            bars = whiskers(row, "ratio")
+            ends = bars and [[100 * one[0]] for one in bars]
+            point(axes, marks[row["tool"]], row[x], 100 * (row["ratio"] - 1), yerr=ends, size=size)
         axes.set_xscale("log")
-        axes.set_yscale("log")
-        plain_ticks(axes, frame[x], frame["ratio"])
+        plain_ticks(axes, frame[x])
+        axes.set_yscale("symlog", linthresh=NEAR)
+        axes.set_yticks(TICKS, list(map(str, TICKS)))
+        axes.set_ylim(-0.3, 1.5 * max(100 * (frame["ratio"].max() - 1), NEAR))
         axes.set_xlabel(label)
-        axes.set_ylabel("Perplexity ratio to the baseline")
+        axes.set_ylabel("Perplexity above the baseline's (%)")
         axes.margins(x=0.1, y=0.1)
         shown = {tool: (*mark, "full") for tool, mark in marks.items() if tool in set(frame["tool"])}
-        mark_legend(axes, shown, columns=3)
+        mark_legend(axes, shown)
 
-    rows = -(-frame["tool"].nunique() // 3)
+    rows = -(-frame["tool"].nunique() // 2)
     return drawn(draw, HEIGHT + 0.6 + 0.2 * rows, "" if len(frame) else empty)
 
 

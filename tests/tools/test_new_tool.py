@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.test_environments import write_wheel
+from test_environments import write_wheel
 
 ROOT = Path(__file__).parents[2]
 ADAPTER = '''"""A tool that rounds every weight to the nearest of 256 values of its row."""
