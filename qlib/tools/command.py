@@ -61,7 +61,7 @@ def _install(options: argparse.Namespace, root: Path) -> int:
 
 
 def _list(options: argparse.Namespace, root: Path) -> None:
-    rows = [("tool", "version", "state", "measured", "disk", "Python", "kernel")]
+    rows = [("tool", "version", "state", "measured here", "disk", "Python", "kernel")]
     measured = _measured(root)
     for name in names(root):
         one = environment_of(name, root)
