@@ -61,6 +61,12 @@ class Options:
         told = about(self.name)
         return told.kinds[self.kind].method if self.kind else told.method
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether codes depend on calibration text."""
+        told = about(self.name)
+        return told.kinds[self.kind].reads_text if self.kind else told.reads_text
+
 
 def check(subject: Any, options: Options) -> None:
     """Refuse to start outside of the tool's environment.
@@ -109,7 +115,7 @@ def apply(subject: Any, options: Options, context: Any) -> Any:
     seconds = median(run["seconds"] for run in runs)
     told = {"name": options.name, "seconds": seconds, "settings": found.settings}
     told |= {"asked": asdict(options), "versions": versions(options.name), "threads": torch.get_num_threads()}
-    told |= {"method": options.method, "runs": runs, "uncompressed": same, "ids": ids_that_reached(found, ids)}
+    told |= {"method": options.method, "runs": runs, "uncompressed": same, "ids": ids_that_reached(found, ids, options)}
     told |= {"facts": facts(options.name), "scored": "weights" if found.weights else "runtime"}
     return replace(
         subject,

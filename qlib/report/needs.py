@@ -40,7 +40,7 @@ def _spent(book: Book, one: Standing, bits: int) -> dict | None:
 def _reads_nothing(book: Book, one: Standing) -> bool:
     if one.ours:
         return False
-    return (told(one.entry).get("ids") or {"reached": ""})["reached"] is None
+    return (told(one.entry).get("ids") or {"same": False})["same"] is None
 
 
 def _loads(program: str) -> Callable[[Book, Standing], bool]:

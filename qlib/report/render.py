@@ -150,6 +150,7 @@ def _braced(path: Path) -> str:
 def _attach(root: Path, book: Book, entry: Entry, target: Path) -> None:
     """Write an executed notebook as a page, unless the page there was made from the very same things."""
     from qlib.report import fill, stitch
+    from qlib.report.printed import fold_printed
 
     file = target.parent / book.page(entry)
     source = _source(root, entry)
@@ -162,7 +163,7 @@ def _attach(root: Path, book: Book, entry: Entry, target: Path) -> None:
     key = digest.hexdigest()
     if file.is_file() and key in file.read_text(encoding="utf-8")[:2000]:
         return
-    steps = [stitch.strip_banners]
+    steps = [stitch.strip_banners, fold_printed]
     steps += [stitch.current_prose(_read(source))] if source.is_file() else []
     where = str(source.relative_to(root)) if source.is_file() else entry.name
     resolve = fill.lesson_words(book, entry) if entry.family == LESSON else fill.entry_words(entry)

@@ -59,7 +59,8 @@ def fairness_table(book: Book) -> Table | None:
     for entry in (e for e in book.of(family="tool") if told(e).get("runs")):
         facts = told(entry)
         ids, plain, runs = facts["ids"], facts.get("uncompressed"), facts["runs"]
-        reached = {None: "reads no text", True: "the same", False: "OTHERS"}[ids["same"]]
+        other = "OTHERS" if ids["reached"] else "NONE"
+        reached = {None: "reads no text", True: "the same", False: other}[ids["same"]]
         seconds = [run["seconds"] for run in runs]
         alike = len({run["digest"] for run in runs}) == 1
         values = [None, None] if plain is None else [plain["its"], plain["ours"]]

@@ -20,6 +20,7 @@ class Kind(NamedTuple):
         bits, group_size, symmetric: of the codes it stores; `ANY`: the strategy chooses.
         method: how it chooses codes, in the field's words: "RTN", "GPTQ", "AWQ", ...
         activations: bits that activations are rounded to when it runs; None: none.
+        reads_text: whether its codes depend on calibration text.
     """
 
     bits: int | str
@@ -27,6 +28,7 @@ class Kind(NamedTuple):
     symmetric: bool | str
     method: str
     activations: int | None = None
+    reads_text: bool = False
 
     def differs(self, options: Any) -> dict[str, Any]:
         """What a kind needs, if the options of the pass do not have it all."""
@@ -49,7 +51,7 @@ class About:
         documentation: address of the page whose recommended settings are used.
         kinds: its own formats or methods, of which a strategy names one; empty: bits, group and symmetry are free.
         takes: those optional settings of the pass that it has: iterations, damp, act_order.
-        calibrates: whether any of what it does reads text.
+        reads_text: whether its codes depend on calibration text, where it has no kinds.
         beside: other distributions that compute for it, whose versions count.
     """
 
@@ -62,7 +64,7 @@ class About:
     by_hand: str = ""
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     takes: frozenset[str] = frozenset()
-    calibrates: bool = True
+    reads_text: bool = True
     beside: tuple[str, ...] = ()
 
 

@@ -43,10 +43,14 @@ def digest(found: Quantized, ids: torch.Tensor) -> str:
     return total.hexdigest()
 
 
-def ids_that_reached(found: Quantized, ids: torch.Tensor) -> dict[str, Any]:
-    """Hash of the ids that were given and of those that reached the tool (null: it reads none), and whether they agree."""
+def ids_that_reached(found: Quantized, ids: torch.Tensor, options: Options) -> dict[str, Any]:
+    """Hash of the ids that were given and of those that reached the tool, and whether they agree.
+
+    `same` is null where the setting reads no text and none reached it; false where it should read and none was seen.
+    """
     given = hash_rows(ids)
-    return {"given": given, "reached": found.seen, "same": None if found.seen is None else found.seen == given}
+    compared = options.reads_text or found.seen is not None
+    return {"given": given, "reached": found.seen, "same": found.seen == given if compared else None}
 
 
 def compare_runtimes(folder: Path, model: torch.nn.Module, ids: torch.Tensor, options: Options) -> dict[str, Any] | None:

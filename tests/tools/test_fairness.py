@@ -52,13 +52,16 @@ def test_repeats_tell_spread_and_whether_values_are_the_same(monkeypatch):
     found, runs = fairness.quantize_repeatedly("folder", some_ids(), Options())
     assert torch.equal(found.weights["a"], torch.zeros(2, 2)) and len(runs) == 3 == len(calls)
     assert runs[0]["digest"] != runs[1]["digest"] == runs[2]["digest"]
-    assert fairness.ids_that_reached(found, some_ids())["same"] is True
-    assert fairness.ids_that_reached(found, some_ids(seed=1))["same"] is False
+    assert fairness.ids_that_reached(found, some_ids(), Options())["same"] is True
+    assert fairness.ids_that_reached(found, some_ids(seed=1), Options())["same"] is False
 
     slow = Quantized({"a": torch.zeros(1)}, 100.0, 4.0, {})
     monkeypatch.setattr(fairness, "adapter", lambda name: SimpleNamespace(quantize=lambda *_: slow))
     found, runs = fairness.quantize_repeatedly("folder", some_ids(), Options())
-    assert len(runs) == fairness.LEAST and fairness.ids_that_reached(found, some_ids())["same"] is None
+    assert len(runs) == fairness.LEAST
+    # It should have read text, and none was seen; of a method that needs none, nothing is to be seen.
+    assert fairness.ids_that_reached(found, some_ids(), Options())["same"] is False
+    assert fairness.ids_that_reached(found, some_ids(), Options("hqq"))["same"] is None
 
 
 def test_uncompressed_runtime_is_compared(subject, monkeypatch):

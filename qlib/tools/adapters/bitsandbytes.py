@@ -35,7 +35,6 @@ ABOUT = About(
         "fp4": Kind(4, 64, True, "RTN"),
         "int8": Kind(8, None, True, "RTN", activations=8),
     },
-    calibrates=False,
 )
 
 THRESHOLD = 6.0  # of outliers among activations, the default of transformers' BitsAndBytesConfig

@@ -27,7 +27,7 @@ ABOUT = About(
     by_hand="put its layers into the model one by one, on the device cpu; its fast kernels (gemlite, torchao_int4) need"
     " CUDA",
     documentation="https://github.com/mobiusml/hqq#basic-usage",
-    calibrates=False,
+    reads_text=False,
 )
 
 AXIS = 1  # groups along the input channels, as its documentation recommends; what its kernels need

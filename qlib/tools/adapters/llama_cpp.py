@@ -36,14 +36,14 @@ ABOUT = About(
     documentation="https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/README.md",
     kinds={
         "Q8_0": Kind(8, 32, True, "RTN"),
-        "Q4_0": Kind(4, 32, True, WEIGHTED),
-        "IQ4_NL": Kind(4, 32, True, WEIGHTED),
-        "Q2_0": Kind(2, 64, True, WEIGHTED),
-        "Q4_K_M": Kind(4, 32, False, WEIGHTED),
-        "Q3_K_M": Kind(3, 16, True, WEIGHTED),
-        "Q2_K": Kind(2, 16, False, WEIGHTED),
-        "IQ3_S": Kind(3, 32, True, CODEBOOK),
-        "IQ2_S": Kind(2, 16, True, CODEBOOK),
+        "Q4_0": Kind(4, 32, True, WEIGHTED, reads_text=True),
+        "IQ4_NL": Kind(4, 32, True, WEIGHTED, reads_text=True),
+        "Q2_0": Kind(2, 64, True, WEIGHTED, reads_text=True),
+        "Q4_K_M": Kind(4, 32, False, WEIGHTED, reads_text=True),
+        "Q3_K_M": Kind(3, 16, True, WEIGHTED, reads_text=True),
+        "Q2_K": Kind(2, 16, False, WEIGHTED, reads_text=True),
+        "IQ3_S": Kind(3, 32, True, CODEBOOK, reads_text=True),
+        "IQ2_S": Kind(2, 16, True, CODEBOOK, reads_text=True),
     },
 )
 

@@ -31,8 +31,8 @@ ABOUT = About(
     documentation="https://intel.github.io/neural-compressor/latest/docs/source/PT_WeightOnlyQuant.html",
     kinds={
         "rtn": Kind(ANY, ANY, ANY, "RTN"),
-        "gptq": Kind(ANY, ANY, ANY, "GPTQ"),
-        "awq": Kind(ANY, ANY, ANY, "AWQ"),
+        "gptq": Kind(ANY, ANY, ANY, "GPTQ", reads_text=True),
+        "awq": Kind(ANY, ANY, ANY, "AWQ", reads_text=True),
         "hqq": Kind(ANY, ANY, False, "HQQ"),
     },
 )

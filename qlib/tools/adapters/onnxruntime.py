@@ -34,7 +34,7 @@ ABOUT = About(
         "rtn": Kind(ANY, ANY, ANY, "RTN"),
         "k_quant": Kind(4, ANY, False, "RTN, ranges searched with weighted errors"),
         "hqq": Kind(ANY, ANY, False, "HQQ"),
-        "gptq": Kind(4, ANY, ANY, "GPTQ without its updates"),
+        "gptq": Kind(4, ANY, ANY, "GPTQ without its updates", reads_text=True),
         "dynamic": Kind(8, None, True, "RTN, one scale per matrix", 8),
         "dynamic-channel": Kind(8, None, True, "RTN", 8),
     },

@@ -32,7 +32,6 @@ ABOUT = About(
         "qint4": Kind(4, 128, False, "RTN"),
         "qint2": Kind(2, 128, False, "RTN"),
     },
-    calibrates=False,
 )
 
 

@@ -38,7 +38,6 @@ ABOUT = About(
         "intx": Kind(ANY, ANY, ANY, "RTN"),
         "intx-hqq": Kind(ANY, ANY, True, "HQQ, scales only"),
     },
-    calibrates=False,
 )
 
 
