@@ -8,8 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Sequence
 
+from qlib.bench.rows import Row, missing
 from qlib.errors import UserError, nearest
 from qlib.paths import write_atomic
+from qlib.progress import clock
 from qlib.runs.provenance import gpu, provenance
 from qlib.tools.environments import environment_of, names
 
@@ -72,15 +74,27 @@ def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path) 
             continue
         print(f"{name}: {known[name]}", flush=True)
         start = time.perf_counter()
-        left = (limit - (start - begun),) if getattr(module, "LIMITED", False) else ()
-        rows = module.measure(root, *left)
-        done[name] = [asdict(row) | {"benchmark": name, "provenance": where} for row in rows]
+        if getattr(module, "LIMITED", False):
+            rows, late = module.measure(root, limit - (start - begun))
+            kept = [row for row in done.get(name, []) if set(late) & set(row["facts"].get("strategies", ()))]
+            rows += not_reached(name, late, kept, limit)
+        else:
+            rows, kept = module.measure(root), []
+        done[name] = [asdict(row) | {"benchmark": name, "provenance": where} for row in rows] + kept
         print(rows_text(done[name]), f"{name}: {time.perf_counter() - start:.0f} s\n", sep="\n", flush=True)
         write_atomic(target, json.dumps([row for one in known for row in done.get(one, [])], indent=1) + "\n")
     print(target)
     asked = [name for name in only or known if name not in skipped]
     found = [row for name in asked for row in done.get(name, [{"met": None, "target": "any", "measured": None}])]
     return int(any(row["met"] is not True for row in found if row["target"] or row["measured"] is None))
+
+
+def not_reached(name: str, late: Sequence[str], kept: Sequence[dict], limit: float) -> list[Row]:
+    """One row for all strategies that the time did not suffice for and of which no earlier rows are kept."""
+    earlier = {strategy for row in kept for strategy in row["facts"]["strategies"]}
+    late = [strategy for strategy in late if strategy not in earlier]
+    why = f"its time limit, {clock(limit)}, was over before {', '.join(late)}"
+    return [missing(f"{name}: {len(late)} more strategies", ">= 1", "times", why)] if late else []
 
 
 def _read(target: Path) -> dict[str, list[dict]]:

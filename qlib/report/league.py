@@ -145,8 +145,20 @@ def league_table(book: Book, model: str | None = None) -> Table | None:
         f"zeros, are within {EQUAL} of ours, so that the comparison is one at equal size. Speed-ups are those of "
         "the tool's own runtime on one true layer of Qwen-72B over our fastest bf16 layer in the same rounds. Times to compress "
         "are of the quantization step on the reference model, the least and the most of repeated runs in small print."
+        f"{_places([one.entry for _, one in everyone])}"
     )
     return Table(columns, rows, caption, "league")
+
+
+def _places(entries: list[Entry]) -> str:
+    """Where times and memory were measured, if that was not one machine; the numbers of the smaller ones are named."""
+    found: dict[str, list[str]] = {}
+    for entry in (one for one in entries if spent(one)):
+        machine = str((entry.record.get("provenance") or {}).get("cpu") or "an unknown machine")
+        found.setdefault(machine, []).append(entry.name.removeprefix("tool-"))
+    first, *others = sorted(found, key=lambda machine: -len(found[machine])) or [""]
+    rest = "; ".join(f"on {machine} for {', '.join(found[machine])}" for machine in others)
+    return f" Time and peak memory were measured on {first}; {rest}." if others else ""
 
 
 def _named(book: Book, entry: Entry, place: int | None) -> Cell:

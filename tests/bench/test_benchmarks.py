@@ -1,6 +1,7 @@
 """Benchmarks that a machine cannot run leave the rows of another one alone."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -29,3 +30,20 @@ def test_asked_for_by_name_it_is_refused(without_gpu, tmp_path):
     with pytest.raises(UserError, match="--only: 'gpu' needs a GPU"):
         command.run_benchmarks(["gpu"], tmp_path / "bench.json", 60, tmp_path)
     assert not (tmp_path / "bench.json").exists() and bench_gpu.NEEDS == "cuda"
+
+
+def test_rows_that_the_time_did_not_suffice_for_stay(without_gpu, monkeypatch, tmp_path, capsys):
+    """The first run reaches a; the second b alone, so that a's row stays; c was never reached."""
+    module, target = "qlib.bench.bench_growth", tmp_path / "bench.json"
+    monkeypatch.setattr(f"{module}.LIMITED", True, raising=False)
+
+    def measure(found: str, late: list[str]):
+        row = replace(judge(f"over {found}", ">= 1", 2.0, "times", ""), facts={"strategies": [found]})
+        monkeypatch.setattr(f"{module}.measure", lambda root, limit: ([row], late))
+        command.run_benchmarks(["growth"], target, 60, tmp_path)
+        return [(row["name"], row["how"]) for row in json.loads(target.read_text())]
+
+    first = measure("a", ["b", "c"])
+    assert [name for name, _ in first] == ["over a", "growth: 2 more strategies"] and first[1][1].endswith("was over before b, c")
+    second = measure("b", ["a", "c"])
+    assert [name for name, _ in second] == ["over b", "growth: 1 more strategies", "over a"] and second[1][1].endswith("before c")

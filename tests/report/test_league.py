@@ -73,6 +73,17 @@ def test_speeds_come_from_the_benchmark_and_times_from_repeats(tmp_path, make):
     assert spent(ours.entry)["value"] == 9.0
 
 
+def test_times_of_two_machines_are_told_apart(tmp_path, make):
+    book = build(tmp_path, make)
+    assert "measured on" not in league_table(book)._repr_html_()
+    file = tmp_path / "reference-2" / "cpu" / "best-int4" / "record.json"
+    content = json.loads(file.read_text())
+    content["provenance"]["cpu"] = "Old CPU"
+    file.write_text(json.dumps(content))
+    page = league_table(collect(tmp_path, tmp_path / "none"))._repr_html_()
+    assert "; on Old CPU for best-int4." in page
+
+
 def test_a_failure_stands_in_the_league_with_its_cause(tmp_path, make):
     build(tmp_path, make)
     folder = tmp_path / "reference-2" / "cpu" / "tool-gptqmodel-int4"

@@ -29,6 +29,7 @@ ABOUT = About(
     runtime="torch",
     documentation="https://example.org",
     loads=("nothing",),
+    reads_text=False,
 )
 
 
