@@ -7,7 +7,9 @@ from typing import Any
 
 from qlib.errors import UserError
 
-__all__ = ["TensorEntry", "read_config", "read_json", "read_entries", "read_header", "read_tensor", "check_entries", "check_tokenizer"]
+__all__ = [
+    "TensorEntry", "check_entries", "check_tokenizer", "lost_shard", "read_config", "read_entries", "read_header", "read_json", "read_tensor",
+]  # fmt: skip
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 PIECE = 2**22  # numbers that are looked at together
@@ -69,11 +71,20 @@ def read_entries(folder: Path) -> dict[str, TensorEntry]:
                 "convert them to safetensors"
             )
         raise UserError(f"{folder}: has no *.safetensors file")
+    if lost := next((file for file in files if not file.is_file()), None):
+        raise UserError(f"{lost}: {lost_shard(weight_map, lost.name)}")
     entries = {name: entry for file in files for name, entry in read_header(file).items()}
     for name, file in weight_map.items():
         if name not in entries:
             raise UserError(f"{folder / file}: tensor '{name}' is missing although the index names it")
     return entries
+
+
+def lost_shard(weight_map: dict[str, str], file: str) -> str:
+    """What to say of a shard that an index names and that is not there: the tensors it should hold."""
+    first, *others = [name for name, where in weight_map.items() if where == file]
+    more = f" and {len(others)} more" if others else ""
+    return f"is missing although the index names it for tensor '{first}'{more}"
 
 
 def read_tensor(name: str, entry: TensorEntry) -> Any:
@@ -100,7 +111,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         UserError: the file is missing, truncated or no safetensors file.
     """
     if not file.is_file():
-        raise UserError(f"{file}: is missing although the index names it")
+        raise UserError(f"{file}: is missing")
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

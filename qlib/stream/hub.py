@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qlib.errors import UserError
-from qlib.models.checkpoint import PICKLES, TOKENIZERS, read_json
+from qlib.models.checkpoint import PICKLES, TOKENIZERS, lost_shard, read_json
 from qlib.models.families import family_of
 from qlib.models.load import HUB_FILES, HUB_ID, Source, Subject, locate
 from qlib.paths import shipped_model
@@ -123,10 +123,11 @@ def _open_remote(repository: Repository, shards: Path) -> tuple[Subject, Stored]
         elif any(fnmatch(name, pattern) for pattern in PICKLES):
             (folder / name).touch()  # to be refused by name if there is nothing else
     if (folder / INDEX).is_file():
-        weights = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    for name in weights:
-        if name not in repository.files:
-            raise UserError(f"{repository.model}/{name}: is missing although the index names it")
+        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        weights = sorted(set(weight_map.values()))
+        for name in weights:
+            if name not in repository.files:
+                raise UserError(f"{repository.model}/{name}: {lost_shard(weight_map, name)}")
     with ThreadPoolExecutor(8) as pool:
         headers = dict(zip(weights, pool.map(repository.header, weights)))
     try:

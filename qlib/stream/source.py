@@ -120,6 +120,8 @@ class Stored:
 
     def _mapped(self, name: str) -> torch.Tensor:
         entry = self.entries[name]
+        if not entry.file.is_file():
+            raise UserError(f"{entry.file}: is missing; tensor '{name}' was to be read from it")
         if (now := read_header(entry.file).get(name)) != entry:  # mapping a file that was cut off would end the process
             found = "is gone" if now is None else f"became {now.dtype} {list(now.shape)}"
             was = f"it was {entry.dtype} {list(entry.shape)}"

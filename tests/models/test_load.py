@@ -90,9 +90,11 @@ def test_truncated_header(model_folder):
 
 def test_missing_shard(model_folder):
     folder = model_folder(shard="60KB")
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     shard = sorted(folder.glob("model-*.safetensors"))[0]
     shard.unlink()
-    refused(folder, shard.name, "is missing although the index names it")
+    first, *others = [name for name, file in weight_map.items() if file == shard.name]
+    refused(folder, shard.name, f"is missing although the index names it for tensor '{first}' and {len(others)} more")
 
 
 def change(folder, edit):

@@ -68,7 +68,7 @@ def other_header(file):
 #: What is done to a shard, what is said before anything was written, and what when it happens between two blocks.
 BROKEN = {
     "truncated": (cut_off, "{file}: is truncated (", "{file}: is truncated ("),
-    "missing": (lambda file: file.unlink(), "{file}: is missing although the index names it", "{file}: is missing"),
+    "missing": (lambda file: file.unlink(), "{file}: is missing although the index names it for tensor '", "{file}: is missing; tensor '"),
     "shape": (other_shape, f"{TENSOR} has shape [127, 64]", f"{TENSOR} became BF16 [127, 64]"),
     "type": (other_type, f"{TENSOR} is stored as I8", f"{TENSOR} became I8 [128, 64]"),
     "header": (other_header, "{file}: tensor ", "{file}: tensor "),
