@@ -4,15 +4,19 @@ A preprocessor of nbconvert. Warnings of libraries (stderr) are folded always, l
 shown as it stood at last. What a cell printed before it failed stays open.
 """
 
+import re
 from itertools import groupby
 
 import nbformat
 from nbconvert.filters import ansi2html
 from nbformat import NotebookNode
 
-__all__ = ["fold_printed"]
+__all__ = ["fold_kept", "fold_printed"]
 
 SHORT = 40  # lines of ordinary output that are shown openly
+#: Boxes of stderr, one after the other, on a page that was rendered before they were folded.
+OPEN = re.compile(r'(?:<pre class="out err"[^>]*>.*?</pre>\s*)+', re.DOTALL)
+BETWEEN = re.compile(r'</pre>\s*<pre class="out err"[^>]*>|^<pre class="out err"[^>]*>|</pre>\s*$')
 
 
 def fold_printed(notebook: NotebookNode, resources: dict) -> tuple[NotebookNode, dict]:
@@ -46,10 +50,23 @@ def _folded(outputs: list[NotebookNode]) -> NotebookNode | None:
     lines = [line for output in outputs for line in _lines(output)]
     if not lines:
         return None
-    count = f"{len(lines)} line{'' if len(lines) == 1 else 's'}"
-    told = ansi2html("\n".join(lines))
-    html = (
-        f'<details class="log"><summary>Printed while this ran: {count}</summary>'
-        f'<pre class="out" tabindex="0">{told}</pre></details>'
-    )
+    html = _box(len(lines), ansi2html("\n".join(lines)))
     return nbformat.v4.new_output("display_data", {"text/html": html}, metadata={"bare": True})
+
+
+def _box(count: int, told: str) -> str:
+    lines = f"{count} line{'' if count == 1 else 's'}"
+    return (
+        f'<details class="log"><summary>Printed while this ran: {lines}</summary>'
+        f'<pre class="out" tabindex="0">{told}</pre></details>\n'
+    )
+
+
+def fold_kept(html: str) -> str:
+    """Fold warnings on the finished page of a run that succeeded, whose notebook is not here any more."""
+
+    def fold(found: re.Match) -> str:
+        lines = [line for line in BETWEEN.sub("", found[0]).split("\n") if line.strip()]
+        return _box(len(lines), "\n".join(lines))
+
+    return OPEN.sub(fold, html)

@@ -39,6 +39,7 @@ def render(root: str | Path, runs: str | Path, published: str | Path, target: st
             the rules of `check_html`.
     """
     from qlib.report import fill, stitch
+    from qlib.report.printed import fold_kept
 
     root, runs, published, target = (Path(p).resolve() for p in (root, runs, published, target))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ def render(root: str | Path, runs: str | Path, published: str | Path, target: st
         if entry.notebook:
             _attach(root, book, entry, target)
         elif entry.kept_page:
-            page, file = entry.kept_page.read_text(encoding="utf-8"), target.parent / book.page(entry)
+            page, file = fold_kept(entry.kept_page.read_text(encoding="utf-8")), target.parent / book.page(entry)
             file.parent.mkdir(exist_ok=True)
             write_atomic(file, page.replace('"../index.html"', f'"../{target.name}"'))
 

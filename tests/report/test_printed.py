@@ -3,7 +3,7 @@
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from qlib.report.printed import SHORT, fold_printed
+from qlib.report.printed import SHORT, fold_kept, fold_printed
 
 
 def stream(name: str, text: str) -> nbformat.NotebookNode:
@@ -43,3 +43,12 @@ def test_a_failed_cell_stays_open():
     error = new_output("error", ename="ValueError", evalue="no", traceback=["no"])
     outputs = [stream("stderr", "why\n"), error]
     assert folded(*outputs) == outputs
+
+
+def test_a_kept_page_is_folded_as_well():
+    box = '<pre class="out err" tabindex="0">{}\n</pre>\n'
+    page = f'<p>a</p>\n{box.format("1/3 &lt;b&gt;")}{box.format("2/3")}\n<p>b</p>{box.format("late")}<pre class="out">x</pre>'
+    html = fold_kept(page)
+    assert "out err" not in html and html.count("<details") == 2 == html.count("</details>")
+    assert "2 lines" in html and '>1/3 &lt;b&gt;\n2/3</pre>' in html and "1 line<" in html
+    assert html.startswith("<p>a</p>\n<details") and html.endswith('<pre class="out">x</pre>') and fold_kept(html) == html
