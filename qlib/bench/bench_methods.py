@@ -4,6 +4,7 @@ Quantization steps alone. GPTQ and SignRound of the tools known for them have be
 """
 
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from qlib.bench.subjects import MEDIUM, random_model, random_windows
 from qlib.compress import compress
 from qlib.errors import UserError
 from qlib.evaluate.timing import exclusive
+from qlib.progress import clock
 from qlib.quantize.tool import Options
 from qlib.tools.run import run_tool
 
@@ -30,20 +32,30 @@ OURS = {
 }
 ELSEWHERE = {"auto-gptq", "gptqmodel", "llm-compressor"}  # benchmark gptq
 REPEATS, LIMIT = 3, 300.0  # runs; seconds that one run of a tool may take
+#: Says that `measure` takes the seconds after which no further setting begins, and names the strategies it did not reach.
+LIMITED = True
 
 
-def measure(root: Path) -> list[Row]:
-    """One row for each setting of a tool whose method we have; the interval is from the least to the greatest ratio."""
-    windows = torch.cat(random_windows(SAMPLES, LENGTH, MEDIUM["vocab"]))
-    rows = []
+def measure(root: Path, limit: float) -> tuple[list[Row], list[str]]:
+    """One row for each setting of a tool whose method we have, and the strategies that the time did not suffice for.
+
+    The interval is from the least to the greatest ratio.
+    """
+    begun, windows = time.perf_counter(), torch.cat(random_windows(SAMPLES, LENGTH, MEDIUM["vocab"]))
+    rows, late = [], []
     with tempfile.TemporaryDirectory() as temporary, exclusive():
         subject = random_model(**MEDIUM)
         subject.model.save_pretrained(temporary)
         subject.tokenizer.save_pretrained(temporary)
         for options, names in settings_of(root, by="method"):
-            if options.method in OURS and options.name not in ELSEWHERE:
-                rows.append(_row(options, names, Path(temporary), windows))
-    return rows
+            if options.method not in OURS or options.name in ELSEWHERE:
+                continue
+            if time.perf_counter() - begun > limit:
+                late += names
+                continue
+            print(f"  {names[0]}, after {clock(time.perf_counter() - begun)}", flush=True)
+            rows.append(_row(options, names, Path(temporary), windows))
+    return rows, late
 
 
 def _row(options: Options, names: list[str], folder: Path, windows: torch.Tensor) -> Row:

@@ -1,7 +1,7 @@
 """The league of tools: at each width every tool's strategies and our best recipe, ties told by paired intervals."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -12,10 +12,12 @@ from qlib.report.measures import MEASURES
 from qlib.report.pairs import interval_of, sign, together
 from qlib.tools.about import about, tool_names
 
-__all__ = ["OURS", "Standing", "league_table", "league_words", "standings", "timed", "told"]
+__all__ = ["OURS", "SAME", "Standing", "beside", "league_table", "league_words", "standings", "timed", "told"]
 
-#: What stands for us at a width: named before anything was measured on the evaluation texts.
-OURS = {8: "rtn-int8", 4: "best-int4", 3: "best-int3", 2: "best-int2"}
+#: What stands for us at a width, from few bits per weight to many: named before anything was measured on the evaluation
+#: texts. The second ones are as large as the types of llama.cpp whose codes are 3 and 2 bits, which take a bit more.
+OURS = {8: ("rtn-int8",), 4: ("best-int4",), 3: ("best-int3", "best-3.7-bits"), 2: ("best-int2", "best-2.8-bits")}
+SAME = 0.02  # bits per weight that do not count: a zero of four bits in a group of 128 takes 0.03
 PHASES = {"decode": "Decode speed-up", "prefill": "Prefill speed-up"}
 BESIDE = {
     "Bits per weight": "size.bits_per_weight",
@@ -33,13 +35,15 @@ class Standing:
     Attributes:
         place: 1 for the lowest perplexity; None where it was not measured.
         tied: not measurably different from the first of its width.
-        ratio: its perplexity over that of our best recipe, paired.
+        ratio: its perplexity over that of `rival`, paired.
+        rival: our recipe that it is held against, see `beside`; None of ours, and where ours was not run.
     """
 
     entry: Entry
     place: int | None
     tied: bool
     ratio: dict | None
+    rival: Entry | None = None
 
     @property
     def ours(self) -> bool:
@@ -70,19 +74,27 @@ def _standings(book: Book, model: str | None) -> dict[int, list[Standing]]:
     found: dict[int, list[Standing]] = {}
     entries = book.of(model, "tool")
     for bits in sorted({bits_of(entry) for entry in entries} - {None}, reverse=True):
-        ours = next((e for e in book.of(model) if e.name == OURS.get(bits) and e.measurements), None)
-        members = [e for e in entries if bits_of(e) == bits] + ([ours] if ours else [])
+        ours = [e for name in OURS.get(bits, ()) for e in book.of(model) if e.name == name and e.measurements]
+        members = [e for e in entries if bits_of(e) == bits] + ours
         members.sort(key=lambda e: numbers.number(e.measure("quality.perplexity")) or np.inf)
         found[bits] = [_standing(book, e, at, members[0], ours) for at, e in enumerate(members, 1)]
     return found
 
 
-def _standing(book: Book, entry: Entry, place: int, first: Entry, ours: Entry | None) -> Standing:
+def beside(ours: Sequence[Entry], entry: Entry) -> Entry | None:
+    """Of our recipes of a width, from few bits to many, the last that takes no more bits per weight; else the first."""
+    size = numbers.number(entry.measure("size.bits_per_weight")) or np.inf
+    fits = [one for one in ours if (numbers.number(one.measure("size.bits_per_weight")) or np.inf) <= size + SAME]
+    return (fits or list(ours[:1]) or [None])[-1 if fits else 0]
+
+
+def _standing(book: Book, entry: Entry, place: int, first: Entry, ours: list[Entry]) -> Standing:
     if numbers.number(entry.measure("quality.perplexity")) is None:
         return Standing(entry, None, False, None)
-    to_first, to_ours = (_ratio(book, entry, other) for other in (first, ours))
+    rival = None if entry in ours else beside(ours, entry)
+    to_first, to_ours = (_ratio(book, entry, other) for other in (first, rival))
     tied = entry is not first and to_first is not None and sign({k: to_first[k] - 1 for k in ("low", "high")}) == 0
-    return Standing(entry, place, tied, to_ours)
+    return Standing(entry, place, tied, to_ours, rival)
 
 
 def _ratio(book: Book, entry: Entry, other: Entry | None) -> dict | None:
@@ -102,6 +114,8 @@ def speedup(book: Book, standing: Standing, bits: int, phase: str) -> dict | Non
     """How much faster than our bf16 layer, in the same rounds; ours from the rounds beside the first tool of the width."""
     if not standing.ours:
         return _measurement(timed(book, standing.entry.name, phase).get("speedup"))
+    if standing.entry.name != OURS[bits][0]:
+        return None  # its bits are mixed: no format of the benchmark is its
     others = [timed(book, e.entry.name, phase) for e in standings(book, standing.entry.model)[bits] if not e.ours]
     facts = next((one for one in others if one.get("ours_ms")), None)
     return facts and {"value": facts["bf16_ms"][0] / facts["ours_ms"][0], "unit": "ratio"}
@@ -133,14 +147,15 @@ def league_table(book: Book, model: str | None = None) -> Table | None:
     columns.insert(5, Column("Keeps 99 %", "of the baseline", "Quality and size"))
     cells.insert(5, [Cell(book.gate(s.entry)) for _, s in everyone])
     columns.insert(5, Column("Over ours", "bits", "Quality and size", numeric=True))
-    cells.insert(5, [Cell(_size(book, bits, s)) for bits, s in everyone])
+    cells.insert(5, [_size(s) for _, s in everyone])
     rows: list[Any] = []
     for at, ((bits, _), row) in enumerate(zip(everyone, zip(*cells))):
         if not at or bits != everyone[at - 1][0]:
             rows.append(Group(f"{bits} bits", "tool"))
         rows.append(list(row))
     caption = (
-        "Every tool with the same model, calibration tokens and scorer, and our best recipe at each width. “tied” says that "
+        "Every tool with the same model, calibration tokens and scorer, and our best recipes at each width. A tool is held "
+        "against the largest of ours that takes no more bits per weight. “tied” says that "
         f"the paired 95 % interval against the first of the width holds no difference; “equal”, that bits per weight, with scales and "
         f"zeros, are within {EQUAL} of ours, so that the comparison is one at equal size. Speed-ups are those of "
         "the tool's own runtime on one true layer of Qwen-72B over our fastest bf16 layer in the same rounds. Times to compress "
@@ -191,14 +206,14 @@ def _place(standing: Standing) -> Cell:
     return Cell(str(standing.place), ("tied with the first",) if standing.tied else (), mark="best" if standing.place == 1 else "")
 
 
-def _size(book: Book, bits: int, standing: Standing) -> str:
-    """Bits per weight more than ours, or that they are as many."""
-    ours = next((one.entry for one in standings(book, standing.entry.model)[bits] if one.ours), None)
-    sizes = [numbers.number(e and e.measure("size.bits_per_weight")) for e in (standing.entry, ours)]
+def _size(standing: Standing) -> Cell:
+    """Bits per weight more than ours that it is held against, or that they are as many."""
+    sizes = [numbers.number(e and e.measure("size.bits_per_weight")) for e in (standing.entry, standing.rival)]
     if standing.ours or None in sizes:
-        return "" if standing.ours else numbers.ABSENT
+        return Cell("" if standing.ours else numbers.ABSENT)
     more = sizes[0] - sizes[1]
-    return "equal" if abs(more) <= EQUAL else f"{'+' if more > 0 else chr(0x2212)}{abs(more):.2f}"
+    words = "equal" if abs(more) <= EQUAL else f"{'+' if more > 0 else chr(0x2212)}{abs(more):.2f}"
+    return Cell(words, (standing.rival.name,))
 
 
 def league_words(book: Book) -> str:

@@ -48,6 +48,17 @@ def test_every_tool_is_a_row_from_many_bits_to_few(project):
     assert row.how == "4.156 against 4.500 bits per weight; 20 documents"
 
 
+def test_a_larger_type_is_held_against_a_larger_recipe(project):
+    """Of ours at 3 bits the largest that takes no more bits than the tool."""
+    write(project, "best-int3", 2.0, 3.148)
+    write(project, "best-3.7-bits", 1.9, 3.86)
+    for name, bits in (("q3_k_m", 3.895), ("iq3_s", 3.4375)):
+        write(project, f"tool-llama-cpp-{name}", 1.95, bits)
+    rows = {row.name: row for row in measure(project)}
+    assert rows["perplexity of best-3.7-bits over tool-llama-cpp-q3_k_m"].measured == pytest.approx(np.exp(-0.05))
+    assert rows["perplexity of best-int3 over tool-llama-cpp-iq3_s"].measured == pytest.approx(np.exp(0.05))
+
+
 def test_what_cannot_be_compared_says_why(project):
     rows = {row.name: row for row in measure(project)}
     row = rows["perplexity of best-int4 over tool-gptqmodel-int4"]

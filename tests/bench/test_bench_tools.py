@@ -1,9 +1,13 @@
 """What the benchmark of tools times: settings that run alike once, each beside our format of as many bits."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
-from qlib.bench.bench_methods import OURS
+from qlib.bench import bench_methods
+from qlib.bench.bench_methods import ELSEWHERE, OURS
 from qlib.bench.bench_tools import WIDTHS, our_format, settings_of
+from qlib.errors import UserError
 from qlib.evaluate.footprint import grid_of
 from qlib.quantize.tool import Options
 from qlib.recipe import read_recipe
@@ -40,3 +44,23 @@ def test_methods_have_a_pass_of_ours():
         read_recipe([*recipe[:-1], recipe[-1] | {"bits": 4, "group_size": 128}])
     methods = {kind.method for name in tool_names() for kind in about(name).kinds.values()} | {about(n).method for n in tool_names()}
     assert set(OURS) <= methods
+
+
+def test_methods_are_timed_in_turns_until_the_time_is_over(monkeypatch):
+    """Ours takes 2 s; the first tool 4, 6 and 8 s; the others fail."""
+    asked, spent = [], iter([4.0, 6.0, 8.0])
+
+    def run(options, *_, **__):
+        asked.append(options)
+        if options != asked[0]:
+            raise UserError("no <wheel>\nand more")
+        return MagicMock(seconds=next(spent))
+
+    for name, stand_in in (("random_model", MagicMock()), ("exclusive", nullcontext), ("run_tool", run), ("_seconds", lambda *_: 2.0)):
+        monkeypatch.setattr(bench_methods, name, stand_in)
+    rows, late = bench_methods.measure(ROOT, 60)
+    assert not late and (rows[0].measured, rows[0].low, rows[0].high, rows[0].met) == (3.0, 2.0, 4.0, True)
+    assert rows[0].how.startswith("ours 2, 2, 2 s; its 4, 6, 8 s") and all(row.how == "not measured: no <wheel>" for row in rows[1:])
+    names = [name for row in rows for name in row.facts["strategies"]]
+    assert len(names) == len(set(names)) and not any(name.startswith(f"tool-{one}-int") for name in names for one in ELSEWHERE)
+    assert bench_methods.measure(ROOT, -1) == ([], names)

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from qlib.report.book import collect
 from qlib.report.fill import book_words
-from qlib.report.league import league_table, league_words, spent, speedup, standings, timed
+from qlib.report.league import beside, league_table, league_words, spent, speedup, standings, timed
 from qlib.report.needs import needs_table
 from qlib.report.tool_facts import fairness_table, ideas_table, tools_table
 from qlib.report.tool_figures import league_frame, loss_alt, size_against_loss, time_against_loss, time_alt
@@ -71,6 +72,16 @@ def test_speeds_come_from_the_benchmark_and_times_from_repeats(tmp_path, make):
     assert speedup(book, ours, 4, "decode")["value"] == pytest.approx(3.0) and speedup(book, ours, 4, "prefill") is None
     assert spent(tool.entry) == {"value": 2.5, "unit": "seconds", "n": 3, "low": 2.0, "high": 3.0}
     assert spent(ours.entry)["value"] == 9.0
+
+
+def test_a_tool_is_held_against_the_largest_of_ours_that_is_not_larger():
+    def sized(name: str, bits: float | None):
+        return SimpleNamespace(name=name, measure=lambda _: bits and {"value": bits, "unit": "bits"})
+
+    ours = [sized("small", 3.148), sized("large", 3.86)]
+    for bits, name in ((3.125, "small"), (3.13, "small"), (3.8, "small"), (3.85, "large"), (8.0, "large"), (None, "large"), (2.0, "small")):
+        assert beside(ours, sized("tool", bits)).name == name
+    assert beside([], sized("tool", 3.0)) is None
 
 
 def test_times_of_two_machines_are_told_apart(tmp_path, make):

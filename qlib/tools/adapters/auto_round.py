@@ -22,7 +22,7 @@ ABOUT = About(
     "200 steps of signed gradients, so that the block's outputs stay what they were. Slower than GPTQ by far, and the "
     "best of the tools at few bits.",
     method="SignRound",
-    runtime="transformers with its own torch kernels for packed weights",
+    runtime="transformers with the kernels it chooses: those of auto-round-lib in C++ for codes of 2, 4 and 8 bits, torch for 3",
     loads=("transformers", "vLLM", "gptqmodel"),
     documentation="https://github.com/intel/auto-round/blob/main/docs/step_by_step.md",
     takes=frozenset({"iterations"}),
