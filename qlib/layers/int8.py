@@ -71,6 +71,8 @@ class Int8Linear(PackedLinear):
         return out if self.bias is None else out.add_(self.bias)
 
     def expand_multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self._expands_natively(len(x)):
+            return native.int8_multiply(x, self.codes, self._scales, self._offsets, self.bias)
         scales, offsets, groups = self._scales.float(), self._offsets, self._scales.shape[1]
         sums = None if offsets is None else x.unflatten(1, (groups, -1)).sum(-1, dtype=torch.float32)  # [rows, groups]
         out = x.new_empty(len(x), self.out_features)
@@ -109,7 +111,7 @@ class Int8Linear(PackedLinear):
 
     def kernel(self, rows: int) -> str:
         if not self.runs_packed(rows):
-            return "int8 codes to bf16, then matmul"
+            return f"int8 codes to bf16, then {'AMX, own kernel' if self._expands_natively(rows) else 'matmul'}"
         if self._has_own_kernel():
             return "int8 weight-only (own kernel)"
         if self.codes.is_cuda and gpu.kernels():
@@ -119,6 +121,10 @@ class Int8Linear(PackedLinear):
     def _own_kernel_fits(self) -> bool:
         whole = self.in_features // self._scales.shape[1] % VECTOR == 0 and self.in_features % int8_tiles.WIDTH == 0
         return whole and native.takes(self.codes.device, self.out_features, int8_tiles.CHANNELS)
+
+    def _expands_natively(self, rows: int) -> bool:
+        one_group = self._scales.shape[1] == 1
+        return self._has_own_kernel() and one_group and native.tiled(rows, self.out_features)
 
     def _has_own_kernel(self) -> bool:
         return self.codes.dim() == 4

@@ -66,6 +66,15 @@ def _int8_rows(
     return out
 
 
+def int8_multiply(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """As `_int8_rows` for many rows and one group, sums in fp32; needs `tiled`."""
+    out = x.new_empty(len(x), len(scales))
+    call("int8_wide_tiles", x.contiguous(), codes, scales, offsets, bias, out, *x.shape, len(scales))
+    return out
+
+
 def _int4_row(
     x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:

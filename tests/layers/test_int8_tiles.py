@@ -1,8 +1,12 @@
-"""The order of int8 codes: against index arithmetic."""
+"""The order of int8 codes: against index arithmetic; and their product with many rows: against float64."""
 
+import pytest
 import torch
+from torch import nn
 
-from qlib.layers import int8_tiles
+from qlib.layers import int8_tiles, native
+from qlib.layers.int8 import Int8Linear
+from qlib.quantize.grid import CompressedWeight, Grid
 
 
 def test_tiles_hold_four_channels_of_64_codes_each():
@@ -15,3 +19,24 @@ def test_tiles_hold_four_channels_of_64_codes_each():
     ids = torch.tensor([[7, 0], [4, 4]])
     assert torch.equal(int8_tiles.rows(tiles, ids), codes[ids])
     assert torch.equal(int8_tiles.rows(codes, ids), codes[ids]) and int8_tiles.untile(codes) is codes
+
+
+@pytest.mark.skipif(not native.has_amx(), reason="needs a processor with AMX")
+@pytest.mark.parametrize("symmetric", (True, False))
+@pytest.mark.parametrize("rows, width, out", ((33, 64, 32), (16, 512, 96), (100, 1088, 544), (520, 1024, 1056)))
+def test_many_rows_against_float64(rows, width, out, symmetric):
+    """Sums in fp32 are rounded to bf16 once: within half a unit in the last place, and what fp32 sums lose."""
+    random = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, 256, (out, width), generator=random, dtype=torch.uint8)
+    zeros = torch.full((out, 1), 128, dtype=torch.uint8)
+    if not symmetric:
+        zeros.random_(256, generator=random)
+    scales = (0.01 * torch.rand(out, 1, generator=random)).bfloat16()
+    compressed = CompressedWeight(Grid(bits=8, group_size=None, symmetric=symmetric), codes, scales, zeros)
+    bias = torch.randn(out, generator=random).bfloat16()
+    x = torch.randn(rows, width, generator=random).bfloat16()
+    layer = Int8Linear(compressed, nn.Parameter(bias, requires_grad=False))
+    assert layer.kernel(rows).endswith("AMX, own kernel") or rows < layer.packed_rows
+    exact = x.double() @ ((codes.double() - zeros.double()) * scales.double()).t() + bias.double()
+    magnitude = x.double().abs() @ (codes.double() * scales.double()).t()  # of the largest terms that cancel
+    assert ((layer.expand_multiply(x).double() - exact).abs() <= exact.abs() * 2**-8 + magnitude * 2**-18).all()

@@ -1,5 +1,5 @@
 // Many rows on processors with AMX, whose tile products make eight times as much at once as vectors: int8 x int8, summed
-// exactly as in int8.c, and bf16 x int4, whose weights are expanded some at a time.
+// exactly as in int8.c, and bf16 x int8 and bf16 x int4, whose weights are expanded some at a time.
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -11,6 +11,8 @@
 int amx_ready(int threads) { return 0; }
 void int8_tiles(const int8_t *x, const float *row_scales, const int8_t *w, const bf16 *scales, const bf16 *bias,
                 bf16 *out, long rows, long in, long channels, int threads) {}
+void int8_wide_tiles(const bf16 *x, const int8_t *w, const bf16 *scales, const float *offsets, const bf16 *bias,
+                     bf16 *out, long rows, long in, long channels, int threads) {}
 void int4_tiles(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, long rows, long in,
                 long group, long channels, long apart, int threads) {}
 
@@ -67,21 +69,20 @@ static void order_rows(const int8_t *x, int32_t *ordered, long rows, long in, in
     }
 }
 
-// sums [4, channel, row] += products of `steps` tiles: w [steps, 2, BYTES], of x two rows of tiles.
-INLINE void add_products(const int8_t *w, const int8_t *x0, const int8_t *x1, int32_t *sums, long steps) {
-    LOAD_SUMS(sums);
-    EACH(k, steps) {
-        LOAD(4, w + 2 * k * BYTES);
-        LOAD(6, x0 + k * BYTES);
-        MULTIPLY_INT8(0, 4, 6);
-        LOAD(7, x1 + k * BYTES);
-        MULTIPLY_INT8(1, 4, 7);
-        LOAD(5, w + (2 * k + 1) * BYTES);
-        MULTIPLY_INT8(2, 5, 6);
-        MULTIPLY_INT8(3, 5, 7);
-    }
-    STORE_SUMS(sums);
-}
+// sums [4, channel, row] += products of `steps` tiles: w [steps, 2, BYTES], of x two rows of tiles. MULTIPLY tells of what.
+#define ADD_TILES(MULTIPLY, w, x0, x1, sums, steps) \
+    LOAD_SUMS(sums); \
+    EACH(k, steps) { \
+        LOAD(4, (w) + 2 * k * BYTES); \
+        LOAD(6, (x0) + k * BYTES); \
+        MULTIPLY(0, 4, 6); \
+        LOAD(7, (x1) + k * BYTES); \
+        MULTIPLY(1, 4, 7); \
+        LOAD(5, (w) + (2 * k + 1) * BYTES); \
+        MULTIPLY(2, 5, 6); \
+        MULTIPLY(3, 5, 7); \
+    } \
+    STORE_SUMS(sums)
 
 // bf16 of SIDE channels of one row, whose sums lie SIDE apart.
 INLINE void finish(const int32_t *sums, float row_scale, const bf16 *scales, const bf16 *bias, bf16 *out) {
@@ -116,8 +117,9 @@ void int8_tiles(const int8_t *x, const float *row_scales, const int8_t *w, const
                                w + (n + 4 * c) * in + 4 * (start + k * TILE), 4 * TILE);
                     for (long m = 0; m < block; m += PAIR) {
                         const int8_t *from = ordered + (first + m) * in + SIDE * start;
-                        for (long c = 0; c < wide; c += PAIR)
-                            add_products(some + c * depth, from, from + SIDE * in, sums + m * wide + c * PAIR, depth / TILE);
+                        for (long c = 0; c < wide; c += PAIR) {
+                            ADD_TILES(MULTIPLY_INT8, some + c * depth, from, from + SIDE * in, sums + m * wide + c * PAIR, depth / TILE);
+                        }
                     }
                 }
                 EACH(m, LEAST(block, rows - first)) for (long c = 0; c < wide; c += SIDE) {
@@ -134,9 +136,81 @@ void int8_tiles(const int8_t *x, const float *row_scales, const int8_t *w, const
     free(ordered);
 }
 
-// ---- bf16 x int4, in blocks of 64 channels as in int4.c ----
+// ---- bf16 x int8, one scale for each channel ----
 
-enum { WIDE = 64, HALF = TILE / 2 };  // channels of a block, numbers in a row of a register
+enum { WIDE = 64, HALF = TILE / 2 };  // channels of a block of int4, numbers in a row of a register
+
+// The codes of one channel, 64 input channels at a time and 4 * 64 bytes apart, as bf16: exactly.
+INLINE void widen_codes(const int8_t *from, bf16 *to, long depth) {
+    for (long k = 0; k < depth; k += HALF) {
+        const __m128i *some = (const __m128i *)(from + k / TILE * 4 * TILE + k % TILE);
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(some)));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(some + 1)));
+        _mm512_store_si512(to + k / HALF * 2 * SIDE * HALF, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+}
+
+// bf16 of SIDE channels of one row, whose sums lie SIDE apart.
+INLINE void finish_wide(const float *sums, float row_sum, const bf16 *scales, const float *offsets, const bf16 *bias,
+                        bf16 *out) {
+    const __m512i apart = _mm512_slli_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 4);
+    __m512 value = _mm512_mul_ps(_mm512_i32gather_ps(apart, sums, 4), widen16(scales));
+    if (offsets) value = _mm512_fmadd_ps(_mm512_set1_ps(row_sum), _mm512_loadu_ps(offsets), value);
+    if (bias) value = _mm512_add_ps(value, widen16(bias));
+    _mm256_storeu_si256((void *)out, (__m256i)_mm512_cvtneps_pbh(value));
+}
+
+// w: in tiles [channels / 4, in / 64, 4, 64], scales and offsets [channels]; channels are a multiple of PAIR, `in` of TILE.
+void int8_wide_tiles(const bf16 *x, const int8_t *w, const bf16 *scales, const float *offsets, const bf16 *bias,
+                     bf16 *out, long rows, long in, long channels, int threads) {
+    enum { STRETCH = 512 };
+    long all = (rows + PAIR - 1) / PAIR * PAIR, panel = share(channels, PAIR, threads);
+    bf16 *ordered = aligned_alloc(64, sizeof(bf16) * all * in);  // [rows / 16, in / 32, 16 pairs of input channels, 16 rows, 2]
+    order_rows((const int8_t *)x, (int32_t *)ordered, rows, sizeof(bf16) * in, threads);
+    float *row_sums = malloc(sizeof(float) * rows);
+#pragma omp parallel for num_threads(threads)
+    EACH(m, rows) row_sums[m] = offsets ? sum_of(x + m * in, in) : 0;
+#pragma omp parallel num_threads(threads)
+    {
+        bf16 *some = aligned_alloc(64, sizeof(bf16) * PANEL * STRETCH);  // [wide / PAIR, steps, 2, SIDE, HALF]
+        float *sums = aligned_alloc(64, sizeof(float) * PANEL * BLOCK);  // [block / PAIR, wide / PAIR, 4, SIDE, SIDE]
+        configure();
+#pragma omp for schedule(dynamic)
+        for (long n = 0; n < channels; n += panel)
+            for (long first = 0; first < all; first += BLOCK) {
+                long block = LEAST(BLOCK, all - first), wide = LEAST(panel, channels - n);
+                memset(sums, 0, sizeof(float) * wide * block);
+                for (long start = 0; start < in; start += STRETCH) {
+                    long depth = LEAST(STRETCH, in - start);
+                    EACH(c, wide)
+                        widen_codes(w + (n + c / 4 * 4) * in + 4 * start + c % 4 * TILE,
+                                    some + c / PAIR * PAIR * depth + (c / SIDE % 2 * SIDE + c % SIDE) * HALF, depth);
+                    for (long m = 0; m < block; m += PAIR) {
+                        const bf16 *from = ordered + (first + m) * in + SIDE * start;
+                        for (long c = 0; c < wide; c += PAIR) {
+                            ADD_TILES(MULTIPLY_BF16, (const char *)(some + c * depth), (const char *)from,
+                                      (const char *)(from + SIDE * in), sums + m * wide + c * PAIR, depth / HALF);
+                        }
+                    }
+                }
+                EACH(m, LEAST(block, rows - first)) for (long c = 0; c < wide; c += SIDE) {
+                    long at = n + c;
+                    const float *own = sums + m / PAIR * PAIR * wide + c / PAIR * PAIR * PAIR + c / SIDE % 2 * 512;
+                    own += m / SIDE % 2 * 256 + m % SIDE;
+                    finish_wide(own, row_sums[first + m], scales + at, offsets ? offsets + at : NULL, bias ? bias + at : NULL,
+                                out + (first + m) * channels + at);
+                }
+            }
+        __asm__ volatile("tilerelease" ::);
+        free(some);
+        free(sums);
+    }
+    free(ordered);
+    free(row_sums);
+}
+
+// ---- bf16 x int4, in blocks of 64 channels as in int4.c ----
 
 // Numbers [rows, in] in the order of the first factor, [rows / 16, in / 32, 16, 32]: rows that lie far apart would push each
 // other out of the cache. Rows that a pair of tiles lacks are 0.
