@@ -26,8 +26,11 @@ def test_pieces_give_what_whole_matrices_give(tokens, key_heads, sharing, seed, 
     exact = [part.detach().double().requires_grad_() for part in parts]
     wanted = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.25, enable_gqa=True)
     ours, theirs = torch.autograd.grad(found, parts, gradient), torch.autograd.grad(wanted, exact, gradient.double())
+    # products in bf16 round weights and their gradients, which matters where what is summed nearly cancels
+    products = native.has_amx() or native.missing() or width < 32
+    least = 2**-9 * gradient.double().norm() if products else 1e-3
     for ours, theirs in zip((found, *ours), (wanted, *theirs)):
-        assert (ours.double() - theirs).norm() <= 0.012 * theirs.norm() + 1e-3
+        assert (ours.double() - theirs).norm() <= 0.012 * theirs.norm() + least
     with torch.no_grad():
         assert torch.equal(causal_attention(*parts, 0.25), found)
 

@@ -17,7 +17,7 @@ import torch
 
 from qlib.paths import cache_folder
 
-__all__ = ["missing", "call", "has_amx"]
+__all__ = ["missing", "call", "may_use_tiles"]
 
 SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
 #: Contracting a product and a sum would make numbers depend on the compiler.
@@ -79,11 +79,7 @@ def call(name: str, *arguments: torch.Tensor | float | None) -> int:
     return getattr(_build()[0], name)(*values, torch.get_num_threads())
 
 
-def has_amx() -> bool:
-    """Whether products of many rows run on the tile registers of this processor."""
-    return not missing() and _may_use_tiles()
-
-
 @lru_cache(maxsize=None)
-def _may_use_tiles() -> bool:
+def may_use_tiles() -> bool:
+    """Whether the system lets this process use the tile registers of its processor; asked once."""
     return bool(call("amx_ready"))

@@ -111,7 +111,7 @@ class Int8Linear(PackedLinear):
 
     def kernel(self, rows: int) -> str:
         if not self.runs_packed(rows):
-            return f"int8 codes to bf16, then {'AMX, own kernel' if self._expands_natively(rows) else 'matmul'}"
+            return f"int8 codes to bf16, then matmul{' (AMX, own kernel)' if self._expands_natively(rows) else ''}"
         if self._has_own_kernel():
             return "int8 weight-only (own kernel)"
         if self.codes.is_cuda and gpu.kernels():

@@ -2,11 +2,11 @@
 
 import torch
 
-from qlib.layers.build import call, has_amx, missing
+from qlib.layers.build import call, may_use_tiles, missing
 
 __all__ = [
-    "missing", "takes", "has_amx", "tiled", "round_rows", "int8_dot", "int8_rows", "int4_row", "int4_expand", "int4_multiply",
-    "rms_norm", "attend", "causal_softmax", "causal_softmax_backward", "attend_windows",
+    "missing", "takes", "has_amx", "tiled", "round_rows", "int8_dot", "int8_multiply", "int8_rows", "int4_row",
+    "int4_expand", "int4_multiply", "rms_norm", "attend", "causal_softmax", "causal_softmax_backward", "attend_windows",
     "attend_windows_backward", "round_columns",
 ]  # fmt: skip
 
@@ -19,8 +19,13 @@ def takes(device: torch.device, channels: int, multiple: int) -> bool:
     return device.type == "cpu" and channels % multiple == 0 and not missing()
 
 
+def has_amx() -> bool:
+    """Whether products of many rows run on the tile registers of this processor."""
+    return not missing() and may_use_tiles()
+
+
 def tiled(rows: int, channels: int) -> bool:
-    """Whether `int8_dot` of this size runs on tile registers."""
+    """Whether products with int8 codes of this size run on tile registers."""
     return rows >= TILED_ROWS and channels % TILED_CHANNELS == 0 and has_amx()
 
 

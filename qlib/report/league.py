@@ -17,7 +17,7 @@ __all__ = ["OURS", "SAME", "Standing", "beside", "league_table", "league_words",
 #: What stands for us at a width, from few bits per weight to many: named before anything was measured on the evaluation
 #: texts. The second ones are as large as the types of llama.cpp whose codes are 3 and 2 bits, which take a bit more.
 OURS = {8: ("rtn-int8",), 4: ("best-int4",), 3: ("best-int3", "best-3.7-bits"), 2: ("best-int2", "best-2.8-bits")}
-SAME = 0.02  # bits per weight that do not count: a zero of four bits in a group of 128 takes 0.03
+SAME = 4 / 128  # bits per weight that do not count: a zero of four bits in a group of 128, which symmetric codes have not
 PHASES = {"decode": "Decode speed-up", "prefill": "Prefill speed-up"}
 BESIDE = {
     "Bits per weight": "size.bits_per_weight",

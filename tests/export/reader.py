@@ -28,7 +28,8 @@ def transformers(folder, **more):
 def auto_round(folder):
     from transformers import AutoRoundConfig
 
-    return transformers(folder, device_map="cpu", quantization_config=AutoRoundConfig())
+    # its compiled kernels, which it may choose by itself, keep weights in an order of their own
+    return transformers(folder, device_map="cpu", quantization_config=AutoRoundConfig(backend="torch"))
 
 
 def gptqmodel(folder):

@@ -79,7 +79,7 @@ def test_a_tool_is_held_against_the_largest_of_ours_that_is_not_larger():
         return SimpleNamespace(name=name, measure=lambda _: bits and {"value": bits, "unit": "bits"})
 
     ours = [sized("small", 3.148), sized("large", 3.86)]
-    for bits, name in ((3.125, "small"), (3.13, "small"), (3.8, "small"), (3.85, "large"), (8.0, "large"), (None, "large"), (2.0, "small")):
+    for bits, name in ((3.125, "small"), (3.13, "small"), (3.82, "small"), (3.85, "large"), (8.0, "large"), (None, "large"), (2.0, "small")):
         assert beside(ours, sized("tool", bits)).name == name
     assert beside([], sized("tool", 3.0)) is None
 
