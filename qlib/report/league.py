@@ -14,8 +14,9 @@ from qlib.tools.about import about, tool_names
 
 __all__ = ["OURS", "SAME", "Standing", "beside", "league_table", "league_words", "standings", "timed", "told"]
 
-#: What stands for us at a width, from few bits per weight to many: named before anything was measured on the evaluation
-#: texts. The second ones are as large as the types of llama.cpp whose codes are 3 and 2 bits, which take a bit more.
+#: What stands for us at a width, from few bits per weight to many. The first ones were named before anything was measured on
+#: the evaluation texts. The second ones came after tools that take most of a bit more were seen to lose less; their budgets
+#: follow from the sizes of llama.cpp's Q3_K_M and Q2_K alone, their passes from the first ones.
 OURS = {8: ("rtn-int8",), 4: ("best-int4",), 3: ("best-int3", "best-3.7-bits"), 2: ("best-int2", "best-2.8-bits")}
 SAME = 4 / 128  # bits per weight that do not count: a zero of four bits in a group of 128, which symmetric codes have not
 PHASES = {"decode": "Decode speed-up", "prefill": "Prefill speed-up"}
@@ -85,7 +86,7 @@ def beside(ours: Sequence[Entry], entry: Entry) -> Entry | None:
     """Of our recipes of a width, from few bits to many, the last that takes no more bits per weight; else the first."""
     size = numbers.number(entry.measure("size.bits_per_weight")) or np.inf
     fits = [one for one in ours if (numbers.number(one.measure("size.bits_per_weight")) or np.inf) <= size + SAME]
-    return (fits or list(ours[:1]) or [None])[-1 if fits else 0]
+    return fits[-1] if fits else next(iter(ours), None)
 
 
 def _standing(book: Book, entry: Entry, place: int, first: Entry, ours: list[Entry]) -> Standing:
@@ -155,7 +156,8 @@ def league_table(book: Book, model: str | None = None) -> Table | None:
         rows.append(list(row))
     caption = (
         "Every tool with the same model, calibration tokens and scorer, and our best recipes at each width. A tool is held "
-        "against the largest of ours that takes no more bits per weight. “tied” says that "
+        "against the largest of ours that takes no more bits per weight (zeros, which symmetric codes have not, are not counted); ours of "
+        "3.7 and 2.8 bits were added once llama.cpp’s larger types had been measured. “tied” says that "
         f"the paired 95 % interval against the first of the width holds no difference; “equal”, that bits per weight, with scales and "
         f"zeros, are within {EQUAL} of ours, so that the comparison is one at equal size. Speed-ups are those of "
         "the tool's own runtime on one true layer of Qwen-72B over our fastest bf16 layer in the same rounds. Times to compress "

@@ -70,7 +70,7 @@ def render(root: str | Path, runs: str | Path, published: str | Path, target: st
 
 def _without(root: Path, html: str) -> str:
     """Paths in tracebacks and in what tools print, as they are seen from the project: a page names no machine's folders."""
-    return PACKAGES.sub("", html.replace(f"{root}/", ""))
+    return PACKAGES.sub("", html.replace(f"{root}/", "")).replace(f"{Path.home()}/", "~/")
 
 
 def convert(notebook, steps: list, page: dict, where: str) -> str:
