@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 import time
 
 import nbformat
@@ -172,11 +173,12 @@ def test_no_page_names_a_folder_of_the_machine(project):
     file = project / "reports" / "runs" / "reference-2" / "cpu" / "rtn-int4" / "notebook.ipynb"
     notebook = nbformat.read(file, as_version=4)
     cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    cell.outputs.append(nbformat.v4.new_output("stream", text=f"{project.resolve()}/qlib/walk.py:3 /a/lib/site-packages/torch/x.py"))
+    printed = f"{project.resolve()}/qlib/walk.py:3 /a/lib/site-packages/torch/x.py {Path.home()}/.cache/kernels"
+    cell.outputs.append(nbformat.v4.new_output("stream", text=printed))
     nbformat.write(notebook, file)
     page = rendered(project)
     attached = (page.parent / "notebooks" / "rtn-int4.html").read_text()
-    assert "qlib/walk.py:3 torch/x.py" in attached and str(project.resolve()) not in attached
+    assert "qlib/walk.py:3 torch/x.py ~/.cache/kernels" in attached and str(project.resolve()) not in attached
 
 
 def test_a_report_about_nothing_is_a_report(project):
