@@ -3,8 +3,8 @@
 import json
 import re
 import shutil
-from pathlib import Path
 import time
+from pathlib import Path
 
 import nbformat
 import pandas
