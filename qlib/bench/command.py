@@ -8,7 +8,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Sequence
 
-from qlib.bench.rows import Row, missing
 from qlib.errors import UserError, nearest
 from qlib.paths import write_atomic
 from qlib.progress import clock
@@ -89,8 +88,10 @@ def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path) 
     return int(any(row["met"] is not True for row in found if row["target"] or row["measured"] is None))
 
 
-def not_reached(name: str, late: Sequence[str], kept: Sequence[dict], limit: float) -> list[Row]:
+def not_reached(name: str, late: Sequence[str], kept: Sequence[dict], limit: float) -> list[Any]:
     """One row for all strategies that the time did not suffice for and of which no earlier rows are kept."""
+    from qlib.bench.rows import missing  # brings torch, which listing the commands does without
+
     earlier = {strategy for row in kept for strategy in row["facts"]["strategies"]}
     late = [strategy for strategy in late if strategy not in earlier]
     why = f"its time limit, {clock(limit)}, was over before {', '.join(late)}"
