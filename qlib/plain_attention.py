@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from qlib.layers import native
+from qlib.layers import native, native_attention
 
 __all__ = ["PlainAttention", "causal_attention"]
 
@@ -56,14 +56,14 @@ class _Windows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        out, logs = native.attend_windows(query, key, value, scale)
+        out, logs = native_attention.attend_windows(query, key, value, scale)
         ctx.save_for_backward(query, key, value, logs)
         ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *native.attend_windows_backward(*ctx.saved_tensors, gradient, ctx.scale), None
+        return *native_attention.attend_windows_backward(*ctx.saved_tensors, gradient, ctx.scale), None
 
 
 class _Causal(torch.autograd.Function):
@@ -104,7 +104,7 @@ class _Causal(torch.autograd.Function):
 def _weights(scores: torch.Tensor, start: int) -> torch.Tensor:
     """Softmax of `scores [pairs, sharing * PIECE, keys]`, of which the queries see the first `start` keys and their own."""
     if scores.dtype == torch.bfloat16 and not native.missing():
-        native.causal_softmax(scores, start, PIECE)
+        native_attention.causal_softmax(scores, start, PIECE)
         return scores
     unseen = torch.ones(PIECE, scores.shape[-1] - start, dtype=torch.bool).triu_(1)
     scores.view(len(scores), -1, PIECE, scores.shape[-1])[..., start:].masked_fill_(unseen, -torch.inf)
@@ -114,7 +114,7 @@ def _weights(scores: torch.Tensor, start: int) -> torch.Tensor:
 def _scores_gradient(dp: torch.Tensor, p: torch.Tensor, start: int) -> torch.Tensor:
     """Gradient of the scores that became the weights `p` of `_weights`, from that of the weights, which may be overwritten."""
     if p.dtype == torch.bfloat16 and not native.missing():
-        native.causal_softmax_backward(p, dp, start, PIECE)
+        native_attention.causal_softmax_backward(p, dp, start, PIECE)
         return dp
     return torch._softmax_backward_data(dp, p, -1, p.dtype)
 

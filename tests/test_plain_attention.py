@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qlib.layers import native
+from qlib.layers import native, native_attention
 from qlib.plain_attention import PIECE, PlainAttention, _Causal, _Windows, causal_attention
 
 
@@ -80,7 +80,7 @@ def test_softmax_kernel_against_float64(rows, keys, first, piece):
     scores[0, 0, 0] = -1e4
     seen = torch.arange(keys)[None] <= first + torch.arange(rows)[:, None] % piece
     wanted = scores.double().masked_fill(~seen, -torch.inf).softmax(-1)
-    native.causal_softmax(scores, first, piece)
+    native_attention.causal_softmax(scores, first, piece)
     assert torch.allclose(scores.double(), wanted, rtol=2**-8, atol=1e-30)
     assert (scores[:, ~seen] == 0).all()
 
@@ -89,10 +89,10 @@ def test_softmax_kernel_against_float64(rows, keys, first, piece):
 @pytest.mark.parametrize("rows, keys, first, piece", ((6, 3, 0, 3), (8, 37, 33, 4), (8, 35, 33, 4), (128, 300, 172, 128)))
 def test_softmax_gradient_kernel_against_float64(rows, keys, first, piece):
     scores = (3 * torch.randn(2, rows, keys)).bfloat16()
-    native.causal_softmax(scores, first, piece)
+    native_attention.causal_softmax(scores, first, piece)
     gradients = torch.randn(2, rows, keys).bfloat16()
     p, dp = scores.double(), gradients.double()
     wanted = p * (dp - (p * dp).sum(-1, keepdim=True))
-    native.causal_softmax_backward(scores, gradients, first, piece)
+    native_attention.causal_softmax_backward(scores, gradients, first, piece)
     assert torch.allclose(gradients.double(), wanted, rtol=2**-8, atol=1e-6)
     assert (gradients[scores == 0] == 0).all()

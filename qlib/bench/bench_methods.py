@@ -5,6 +5,7 @@ Quantization steps alone. GPTQ and SignRound of the tools known for them have be
 
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,12 +33,12 @@ OURS = {
 }
 ELSEWHERE = {"auto-gptq", "gptqmodel", "llm-compressor"}  # benchmark gptq
 REPEATS, LIMIT = 3, 300.0  # runs; seconds that one run of a tool may take
-#: Says that `measure` takes the seconds after which no further setting begins, and names the strategies it did not reach.
+#: Says that `measure` asks whether it is the turn of strategies, and names those it left out.
 LIMITED = True
 
 
-def measure(root: Path, limit: float) -> tuple[list[Row], list[str]]:
-    """One row for each setting of a tool whose method we have, and the strategies that the time did not suffice for.
+def measure(root: Path, turn: Callable[[Sequence[str]], bool]) -> tuple[list[Row], list[str]]:
+    """One row for each setting of a tool whose method we have, and the strategies that were left out.
 
     The interval is from the least to the greatest ratio.
     """
@@ -50,7 +51,7 @@ def measure(root: Path, limit: float) -> tuple[list[Row], list[str]]:
         for options, names in settings_of(root, by="method"):
             if options.method not in OURS or options.name in ELSEWHERE:
                 continue
-            if time.perf_counter() - begun > limit:
+            if not turn(names):
                 late += names
                 continue
             print(f"  {names[0]}, after {clock(time.perf_counter() - begun)}", flush=True)

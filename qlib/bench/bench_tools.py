@@ -6,7 +6,7 @@ be, which tells what a call costs beside the layer: that is taken off, in its fa
 
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -38,14 +38,14 @@ SECONDS = {"decode": 5.0, "prefill": 8.0}  # that the counted rounds of a settin
 ROUNDS = (3, 7)
 SLOW = 1.0  # seconds of a first round from which on there is no other warming up
 WIDTHS = (4, 8, 3, 2)  # in the order in which they are timed, where time is short
-#: Says that `measure` takes the seconds after which no further setting begins, and names the strategies it did not reach.
+#: Says that `measure` asks whether it is the turn of strategies, and names those it left out.
 LIMITED = True
 CPU = torch.device("cpu")
 ROWS = {"decode": 1, "prefill": PROMPT}
 
 
-def measure(root: Path, limit: float) -> tuple[list[Row], list[str]]:
-    """Two rows for each setting of a tool, and the strategies that the time did not suffice for.
+def measure(root: Path, turn: Callable[[Sequence[str]], bool]) -> tuple[list[Row], list[str]]:
+    """Two rows for each setting of a tool, and the strategies that were left out.
 
     Settings that run in the same format are timed once.
     """
@@ -59,10 +59,10 @@ def measure(root: Path, limit: float) -> tuple[list[Row], list[str]]:
         for ours, group in groupby(settings_of(root), key=lambda setting: our_format(setting[0])):
             layers: dict[str, dict[str, nn.Module]] = {}
             for options, names in group:
-                print(f"  {names[0]}, after {clock(time.perf_counter() - begun)}", flush=True)
-                if time.perf_counter() - begun > limit:
+                if not turn(names):
                     late += names
                     continue
+                print(f"  {names[0]}, after {clock(time.perf_counter() - begun)}", flush=True)
                 layers = layers or {phase: _layers(wide, ours, phase) for phase in ROWS}
                 rows += _rows(options, names, ours, layers, models, wide)
     return rows, late

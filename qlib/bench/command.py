@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 from qlib.errors import UserError, nearest
 from qlib.paths import write_atomic
@@ -24,6 +24,7 @@ def add_command(commands: Any, **style: Any) -> None:
     about = "\n".join(f"  {name:<12}{what}" for name, what in benchmarks().items())
     parser = commands.add_parser("bench", help=SUMMARY, description=f"{SUMMARY}\n\n{about}", **style)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="some benchmarks; other rows stay")
+    parser.add_argument("--strategies", nargs="+", default=[], metavar="NAME", help="of tools and methods these rows alone; others stay")
     parser.add_argument("--limit", type=float, default=3600, metavar="SECONDS", help="start nothing else after (default: an hour)")
     parser.add_argument("--output", metavar="FILE", help="default: reports/bench.json")
     parser.set_defaults(action=_bench, runs=None)
@@ -31,7 +32,7 @@ def add_command(commands: Any, **style: Any) -> None:
 
 def _bench(options: argparse.Namespace, root: Path) -> int:
     target = Path(options.output).resolve() if options.output else root / "reports" / "bench.json"
-    return run_benchmarks(options.only, target, options.limit, root)
+    return run_benchmarks(options.only, target, options.limit, root, options.strategies)
 
 
 def benchmarks() -> dict[str, str]:
@@ -42,22 +43,31 @@ def benchmarks() -> dict[str, str]:
     return found
 
 
-def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path) -> int:
+def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path, strategies: Sequence[str] = ()) -> int:
     """Measure and write; rows of benchmarks that were not asked for stay as they are in `target`.
 
     Args:
-        only: names; all if empty. limit: seconds after which no other benchmark is started.
+        only: names; all if empty. limit: seconds after which no other benchmark is started. strategies: of benchmarks that have
+            a row for each strategy, these rows alone; all if empty.
 
     Returns:
         1 if a target was missed or not measured, else 0.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name; a benchmark without rows for strategies, where some are asked for.
     """
     known = benchmarks()
     for name in only:
         if name not in known:
             raise UserError(f"--only: '{name}' is no benchmark{nearest(name, known)}; allowed: {', '.join(known)}")
+        if strategies and not _limited(name):
+            raise UserError(f"--strategies: '{name}' has no rows for strategies; name others with --only, such as tools")
+    if strategies and not only:
+        raise UserError("--strategies: say of which benchmarks, as in --only tools methods")
+    files = [file.stem for file in sorted((root / "params").glob("*.yaml"))]
+    for name in strategies:
+        if name not in files:
+            raise UserError(f"--strategies: params/ has no '{name}'{nearest(name, files)}")
     begun, done, skipped = time.perf_counter(), _read(target), set()
     where = provenance() | {"tools": {tool: environment_of(tool, root).version for tool in names(root)}}
     for name in only or known:
@@ -73,10 +83,11 @@ def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path) 
             continue
         print(f"{name}: {known[name]}", flush=True)
         start = time.perf_counter()
-        if getattr(module, "LIMITED", False):
-            rows, late = module.measure(root, limit - (start - begun))
+        if _limited(name):
+            rows, late = module.measure(root, _turns(begun + limit, strategies))
             kept = [row for row in done.get(name, []) if set(late) & set(row["facts"].get("strategies", ()))]
-            rows += not_reached(name, late, kept, limit)
+            why = "not asked for:" if strategies else f"its time limit, {clock(limit)}, was over before"
+            rows += not_reached(name, late, kept, why)
         else:
             rows, kept = module.measure(root), []
         done[name] = [asdict(row) | {"benchmark": name, "provenance": where} for row in rows] + kept
@@ -88,14 +99,23 @@ def run_benchmarks(only: Sequence[str], target: Path, limit: float, root: Path) 
     return int(any(row["met"] is not True for row in found if row["target"] or row["measured"] is None))
 
 
-def not_reached(name: str, late: Sequence[str], kept: Sequence[dict], limit: float) -> list[Any]:
-    """One row for all strategies that the time did not suffice for and of which no earlier rows are kept."""
+def _limited(name: str) -> bool:
+    """Whether a benchmark has rows for each strategy, of which it may leave out some."""
+    return getattr(import_module(f"qlib.bench.bench_{name}"), "LIMITED", False)
+
+
+def _turns(end: float, strategies: Sequence[str]) -> Callable[[Sequence[str]], bool]:
+    """Whether it is the turn of strategies that are measured together: some were asked for, and `end` has not come."""
+    return lambda names: time.perf_counter() < end and (not strategies or not set(strategies).isdisjoint(names))
+
+
+def not_reached(name: str, late: Sequence[str], kept: Sequence[dict], why: str) -> list[Any]:
+    """One row for all strategies that were left out and of which no earlier rows are kept; `why` goes before their names."""
     from qlib.bench.rows import missing  # brings torch, which listing the commands does without
 
     earlier = {strategy for row in kept for strategy in row["facts"]["strategies"]}
     late = [strategy for strategy in late if strategy not in earlier]
-    why = f"its time limit, {clock(limit)}, was over before {', '.join(late)}"
-    return [missing(f"{name}: {len(late)} more strategies", ">= 1", "times", why)] if late else []
+    return [missing(f"{name}: {len(late)} more strategies", ">= 1", "times", f"{why} {', '.join(late)}")] if late else []
 
 
 def _read(target: Path) -> dict[str, list[dict]]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qlib.errors import UserError
-from qlib.layers import native, native_blocks
+from qlib.layers import native, native_attention, native_blocks
 from qlib.layers.graphs import recorded
 from qlib.layers.base import PackedLinear
 from qlib.models.families import blocks_of, family_of
@@ -46,7 +46,7 @@ def run_block(
     attention, mlp = block.self_attn, block.mlp
     normed = _norm(block.input_layernorm, x)
     q, k, v = attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed)
-    attend = native.attend if len(x) == 1 and _is_short_work(x, cache.keys.shape[-1]) else _attend
+    attend = native_attention.attend if len(x) == 1 and _is_short_work(x, cache.keys.shape[-1]) else _attend
     attend = _attend_anywhere if isinstance(start, torch.Tensor) else attend
     x = x + attention.o_proj(attend(q, k, v, rotary, cache.keys, cache.values, start))
     normed = _norm(block.post_attention_layernorm, x)
@@ -60,7 +60,7 @@ def _is_short_work(x: torch.Tensor, width: int) -> bool:
 
 def _norm(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if _is_short_work(x, x.shape[-1]):
-        return native.rms_norm(x, norm.weight, norm.variance_epsilon)
+        return native_attention.rms_norm(x, norm.weight, norm.variance_epsilon)
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
@@ -68,7 +68,7 @@ def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor],
     keys: torch.Tensor, values: torch.Tensor, used: int,
 ) -> torch.Tensor:  # fmt: skip
-    """`native.attend` with torch's operators, for any number of tokens."""
+    """`native_attention.attend` with torch's operators, for any number of tokens."""
     (kv_heads, _, dim), tokens = keys.shape, len(q)
     both = _turn(torch.cat([q, k], dim=-1).view(tokens, -1, dim), rotary)
     queries, end = both[:, :-kv_heads], used + tokens

@@ -18,7 +18,7 @@ MIDDLE = 8
 
 
 class Int4Linear(PackedLinear):
-    """4 bits, and 2 and 3 bits, which are kept as codes of 4 bits because no kernel is faster with less.
+    """4 bits, and 3 bits, which are kept as codes of 4 bits; also 2 bits where `Int2Linear` has no kernel.
 
     The kernels compute a weight as (code - 8) * scale + zero, scale and zero in bf16. Codes are moved so that the
     middle one becomes 8, and a zero code becomes (middle - zero code) * scale. Rounding that to bf16 moves a weight by
@@ -53,7 +53,7 @@ class Int4Linear(PackedLinear):
         elif not torch.equal(self._zero_codes(scales, zeros), compressed.zeros.t()):
             raise UserError("int4: a scale is so small or so large that bf16 cannot hold the zero beside it")
         both = torch.stack([scales, zeros], dim=-1).repeat_interleave(repeat, dim=0)
-        self.register_buffer("packed", _pack(compressed.codes + (MIDDLE - self.grid.levels // 2), self.in_features // len(both)))
+        self.register_buffer("packed", self._pack(compressed.codes, self.in_features // len(both)))
         self.register_buffer("scale_bits", hold_bits(both))  # bf16 [kernel groups, out, 2]
         self.register_buffer("zero_bits", kept)  # bf16 [out, groups], of real zeros
 
@@ -64,8 +64,7 @@ class Int4Linear(PackedLinear):
             zeros = self.zero_bits.view(torch.bfloat16).clone()
         else:
             zeros = self._zero_codes(scales, zeros).t().contiguous()
-        codes = self._codes() - (MIDDLE - self.grid.levels // 2)
-        return CompressedWeight(self.grid, codes, scales.t().contiguous(), zeros)
+        return CompressedWeight(self.grid, self._unpack(), scales.t().contiguous(), zeros)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self._has_own_kernel(x.shape[0]):
@@ -130,6 +129,14 @@ class Int4Linear(PackedLinear):
     def _zero_codes(self, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
         steps = (zeros / scales).round_()  # within 1/30 of a whole number, even in bf16
         return steps.neg_().add_(self.grid.levels // 2).to(torch.uint8)
+
+    def _pack(self, codes: torch.Tensor, group: int) -> torch.Tensor:
+        """Codes `[out, in]` in the order that the kernel reads, of `group` input channels to a scale."""
+        return _pack(codes + (MIDDLE - self.grid.levels // 2), group)
+
+    def _unpack(self) -> torch.Tensor:
+        """The inverse of `_pack`: uint8 `[out, in]`."""
+        return self._codes() - (MIDDLE - self.grid.levels // 2)
 
     def _codes(self) -> torch.Tensor:
         """uint8 `[out, in]`, as they were moved.

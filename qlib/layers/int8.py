@@ -21,8 +21,8 @@ class Int8Linear(PackedLinear):
     gains (sum of a group's activations) * offset, offset = (middle - zero) * scale kept in fp32, where it is exact.
     """
 
-    #: Measured on a CPU: from about 20 rows on, converting codes to bf16 and multiplying is faster.
-    packed_rows, packed_rows_gpu = 20, 64
+    #: Measured: for more rows converting codes to bf16 and multiplying is faster, on a CPU, on its tile registers, on a GPU.
+    packed_rows, packed_rows_tiled, packed_rows_gpu = 20, 9, 64
     own_kernel = "int8_rows"
 
     def __init__(self, compressed: CompressedWeight, bias: nn.Parameter | None = None) -> None:
@@ -101,7 +101,8 @@ class Int8Linear(PackedLinear):
     def runs_packed(self, rows: int) -> bool:
         if self.codes.is_cuda and gpu.kernels():
             return rows <= self.packed_rows_gpu and self._scales.shape[1] == 1
-        return super().runs_packed(rows) and (self._has_own_kernel() or self._has_torch_kernel())
+        most = self.packed_rows_tiled if self._expands_natively(rows) else self.packed_rows
+        return rows <= most and (self._has_own_kernel() or self._has_torch_kernel())
 
     def row_kernel(self) -> native_blocks.RowKernel | None:
         if not self._has_own_kernel():
@@ -154,7 +155,7 @@ class Int8DynamicLinear(Int8Linear):
     channel.
     """
 
-    packed_rows = packed_rows_gpu = 2**31  # however many rows: int8 products are the fastest there are
+    packed_rows = packed_rows_tiled = packed_rows_gpu = 2**31  # however many rows: int8 products are the fastest there are
     own_kernel = "int8_dot"
 
     @staticmethod

@@ -35,7 +35,7 @@ class _Block(ctypes.Structure):
 
 
 #: The numbers that decode.c knows the kernels of one row by.
-KINDS = {"int4_row": 0, "int8_rows": 1, "int8_dot": 2}
+KINDS = {"int4_row": 0, "int8_rows": 1, "int8_dot": 2, "int2_rows": 3}
 
 
 class Blocks:
@@ -65,7 +65,7 @@ class Blocks:
             structure.heads, structure.epsilon = structure.o.in_ // structure.dim, epsilon
 
     def __call__(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], used: int) -> torch.Tensor:
-        """bf16 `x [1, hidden]` behind all blocks. `rotary`, `used`: see `native.attend`."""
+        """bf16 `x [1, hidden]` behind all blocks. `rotary`, `used`: see `native_attention.attend`."""
         x = x.clone()
         call("decode", ctypes.addressof(self.structures), x, *rotary, len(self.structures), used)
         return x

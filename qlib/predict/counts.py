@@ -13,6 +13,8 @@ __all__ = ["Columns", "Text", "Unpredicted", "PRODUCTS", "kernel_of", "full_rate
 Columns = Counter  # name of a column -> seconds at full rate
 #: Rate at which many rows are multiplied with a packed weight.
 PRODUCTS = {"Int4Linear": "int4", "Int8Linear": "int8", "Int8DynamicLinear": "int8-a8"}
+#: Layers that run as fast, for each byte they hold and each product, as another kind whose rates are known.
+LIKE = {"Int2Linear": "Int4Linear"}
 
 
 class Unpredicted(Exception):
@@ -35,7 +37,8 @@ class Text:
 
 def kernel_of(held: Held, shape: tuple[int, int]) -> str:
     """What multiplies with a linear that is held so: the class of its packed layer, or bf16."""
-    return "bf16" if held.grid is None else layer_class(held.grid, *shape).__name__
+    name = "bf16" if held.grid is None else layer_class(held.grid, *shape).__name__
+    return LIKE.get(name, name)
 
 
 def full_rate(machine: Machine, kind: str, count: float, size: float = 0) -> float:

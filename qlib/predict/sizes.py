@@ -92,14 +92,14 @@ def disk_bytes(outcome: Outcome) -> int:
     return sum(file_bytes({name: layout[name] for name in names}) for names in files.values())
 
 
-def held_bytes(held: Held, shape: tuple[int, int]) -> int:
-    """Bytes that a linear `[out, in]` takes in memory, without its bias."""
-    size = resident_bytes(held.grid, *shape) if held.grid else BF16 * math.prod(shape)
+def held_bytes(held: Held, shape: tuple[int, int], device: str = "cpu") -> int:
+    """Bytes that a linear `[out, in]` takes in memory of a device, without its bias."""
+    size = resident_bytes(held.grid, *shape, device) if held.grid else BF16 * math.prod(shape)
     return size + BF16 * held.rank * sum(shape)
 
 
-def model_bytes(outcome: Outcome) -> int:
-    """Bytes of parameters and buffers in memory."""
+def model_bytes(outcome: Outcome, device: str = "cpu") -> int:
+    """Bytes of parameters and buffers in memory of a device."""
     anatomy, coded = outcome.anatomy, {f"{name}.weight" for name in _coded_ends(outcome)}
     size = anatomy.buffers
     for name, shape in anatomy.outer.items():
@@ -107,7 +107,7 @@ def model_bytes(outcome: Outcome) -> int:
     for block in outcome.held:
         for name, shape in anatomy.block.items():
             held = block.get(name.removesuffix(".weight"), Held())
-            size += held_bytes(held, shape) if len(shape) == 2 else BF16 * math.prod(shape)
+            size += held_bytes(held, shape, device) if len(shape) == 2 else BF16 * math.prod(shape)
     return size
 
 

@@ -24,7 +24,7 @@ def decode_columns(outcome: Outcome, machine: Machine, context: int) -> Columns:
     for block in outcome.held:
         for name, held in block.items():
             kernel = kernel_of(held, anatomy.linears[name])
-            found[f"decode {kernel}: bytes"] += full_rate(machine, "read", held_bytes(held, anatomy.linears[name]))
+            found[f"decode {kernel}: bytes"] += full_rate(machine, "read", held_bytes(held, anatomy.linears[name], machine.device))
             found[f"decode {kernel}: calls"] += 1 / (machine.rate("calls") or 1.0)
     found["decode bf16: bytes"] += full_rate(machine, "read", _cached(anatomy, context) + _small(anatomy))
     return found + _head(outcome, machine)

@@ -113,7 +113,7 @@ def predict(
     machine = machine or this_machine()
     learnt = read_experience(machine, root)
     text = Text(calibration.samples * calibration.length, calibration.length)
-    figures, terms = _sizes(outcome), {}
+    figures, terms = _sizes(outcome, machine.device), {}
     for figure, streamed in (("compress_peak", False), ("stream_peak", True)):
         figures[figure], terms[figure] = _memory(figure, anatomy, steps, text, machine, learnt, streamed)
     tokens = {"decode_seconds": (decode_columns, context), "prefill_seconds": (prefill_columns, PROMPT)}
@@ -127,12 +127,12 @@ def predict(
     return Prediction(model, name, machine.name, machine.measured, words, figures, _fits(figures, machine, context), terms)
 
 
-def _sizes(outcome: Outcome) -> dict[str, Estimate]:
+def _sizes(outcome: Outcome, device: str) -> dict[str, Estimate]:
     cache = cache_bytes_per_token(outcome)
     figures = {"kv_bytes_per_token": Estimate(cache, "bytes", cache, cache, EXACT)}
     if outcome.unknown:
         return {name: Estimate(None, "bytes", why=outcome.unknown) for name in ("disk_bytes", "resident_bytes")} | figures
-    disk, held = disk_bytes(outcome), model_bytes(outcome)
+    disk, held = disk_bytes(outcome), model_bytes(outcome, device)
     on_disk = Estimate(disk, "bytes", disk, disk, EXACT)
     if outcome.bound:
         on_disk = Estimate(disk, "bytes", None, disk, BOUND, outcome.bound)

@@ -1,6 +1,7 @@
 """llama.cpp's low-level interface: load a GGUF file and run token ids through it. Needs llama.cpp's environment."""
 
 import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llama_cpp
@@ -10,6 +11,9 @@ from qlib.errors import UserError
 
 __all__ = ["Session", "failed", "messages", "start"]
 
+#: The one thread that computes. llama.cpp shapes the tile registers of a processor with AMX once in a thread and takes it that
+#: they stay so; torch, where it runs in the same thread, releases them, and the next tile instruction would end the process.
+WORKER = ThreadPoolExecutor(1)
 #: Warnings and errors so far.
 messages: list[str] = []
 
@@ -71,7 +75,7 @@ class Session:
         self.ids[:count] = ids
         self.positions[:count] = np.arange(start, start + count)
         self.wanted[:count] = np.arange(count) >= count - keep
-        if code := llama_cpp.llama_decode(self.context, self.batch):
+        if code := WORKER.submit(llama_cpp.llama_decode, self.context, self.batch).result():
             raise failed(f"decoding {count} tokens failed with code {code}")
         llama_cpp.llama_synchronize(self.context)
 

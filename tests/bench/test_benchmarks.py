@@ -47,3 +47,32 @@ def test_rows_that_the_time_did_not_suffice_for_stay(without_gpu, monkeypatch, t
     assert [name for name, _ in first] == ["over a", "growth: 2 more strategies"] and first[1][1].endswith("was over before b, c")
     second = measure("b", ["a", "c"])
     assert [name for name, _ in second] == ["over b", "growth: 1 more strategies", "over a"] and second[1][1].endswith("before c")
+
+
+def test_some_strategies_alone(without_gpu, monkeypatch, tmp_path, capsys):
+    """a and b share a row; c's stays as it was."""
+    module, target = "qlib.bench.bench_growth", tmp_path / "bench.json"
+    (tmp_path / "params").mkdir()
+    for name in "abc":
+        (tmp_path / "params" / f"{name}.yaml").touch()
+
+    def rows(turn, speed):
+        found, late = [], []
+        for names in (["a", "b"], ["c"]):
+            if turn(names):
+                found.append(replace(judge(f"over {names[0]}", ">= 1", speed, "times", ""), facts={"strategies": names}))
+            else:
+                late += names
+        return found, late
+
+    with pytest.raises(UserError, match="--strategies: 'growth' has no rows for strategies"):
+        command.run_benchmarks(["growth"], target, 60, tmp_path, ["a"])
+    monkeypatch.setattr(f"{module}.LIMITED", True, raising=False)
+    for speed, strategies in ((2.0, []), (3.0, ["b"])):
+        monkeypatch.setattr(f"{module}.measure", lambda root, turn: rows(turn, speed))
+        command.run_benchmarks(["growth"], target, 60, tmp_path, strategies)
+    found = {row["name"]: row["measured"] for row in json.loads(target.read_text())}
+    assert found == {"over a": 3.0, "over c": 2.0}
+    for wrong, words in ((["cc"], "--strategies: params/ has no 'cc'"), (["b"], "--strategies: say of which benchmarks")):
+        with pytest.raises(UserError, match=words):
+            command.run_benchmarks(["growth"] if wrong == ["cc"] else [], target, 60, tmp_path, wrong)

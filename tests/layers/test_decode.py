@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from qlib.errors import UserError
 from qlib.evaluate import parts
 from qlib.evaluate.fastest import PlainLinear
-from qlib.layers import native, pack
+from qlib.layers import native, native_attention, pack
 from qlib.layers.decode import Decoder, _attend
 from qlib.layers.embedding import PackedEmbedding, tied_head
 from qlib.models.families import blocks_of, linears_of
@@ -97,7 +97,7 @@ def test_a_packed_model_in_bf16(kernels):
     assert (found.float() - exact).norm() < 0.03 * exact.norm()
 
 
-@pytest.mark.parametrize("format", ("int4-g32", "int3-g64", "int8", "int8-a8"))
+@pytest.mark.parametrize("format", ("int4-g32", "int3-g64", "int2-g64", "int8", "int8-a8"))
 def test_blocks_in_one_call_say_what_operators_say(format):
     if native.missing():
         pytest.skip(native.missing())
@@ -131,18 +131,18 @@ def test_own_attention_and_norm_are_those_of_torch():
         rotary = (torch.rand(1, 1, dim).bfloat16(), torch.randn(1, 1, dim).bfloat16())
         store = torch.randn(2, kv_heads, used + 5, dim).bfloat16()
         ours, exact = store.clone(), store.double()
-        found = native.attend(q, k, v, rotary, *ours, used)
+        found = native_attention.attend(q, k, v, rotary, *ours, used)
         wanted = _attend(q.double(), k.double(), v.double(), [one.double() for one in rotary], *exact, used)
         assert (ours.double() - exact).abs().max() <= 2**-7 * exact.abs().max()  # the turned key is rounded
         assert (found.double() - wanted).abs().max() <= 2**-6 * wanted.abs().max()
     x, weight = torch.randn(5, 96).bfloat16() * 30, torch.randn(96).bfloat16()
     wanted = torch.nn.functional.rms_norm(x.double(), (96,), weight.double(), 1e-6)
-    assert torch.allclose(native.rms_norm(x, weight, 1e-6).double(), wanted, rtol=2**-7)
+    assert torch.allclose(native_attention.rms_norm(x, weight, 1e-6).double(), wanted, rtol=2**-7)
 
 
 def test_a_model_of_random_weights_decodes_in_every_format():
     shape, random = Shape("tiny", 2, 64, 4, 2, 128, 99, tied=True, head_dim=16), torch.Generator().manual_seed(0)
-    for format in ("bf16", "int8", "int4-g32", "int3-g64"):
+    for format in ("bf16", "int8", "int4-g32", "int3-g64", "int2-g64"):
         model = parts.build_model(shape, format, PlainLinear, random)
         logits = Decoder(model, 8)(torch.tensor([1, 2, 3]))
         assert logits.shape == (99,) and logits.isfinite().all()

@@ -68,11 +68,11 @@ INLINE __m512 exp16(__m512 x) {  // 2^whole * e^rest, relative error below 3e-7
 }
 
 // How weights are fetched before they are needed. Measured: Intel's processors with AMX fetch twice as fast into the
-// second-level cache, AMD's faster past it.
+// second-level cache, AMD's faster past it. Kernels of few bits compute longer for each byte and need less of a lead.
 #ifdef __AMX_TILE__
-enum { AHEAD = 16384, WHERE = _MM_HINT_T1, WHERE_INT4 = _MM_HINT_T1, GROUP_AT_ONCE = 1 };
+enum { AHEAD = 16384, AHEAD_INT4 = 4096, WHERE = _MM_HINT_T1, WHERE_INT4 = _MM_HINT_T1, GROUP_AT_ONCE = 1 };
 #else
-enum { AHEAD = 4096, WHERE = _MM_HINT_NTA, WHERE_INT4 = _MM_HINT_T0, GROUP_AT_ONCE = 0 };
+enum { AHEAD = 4096, AHEAD_INT4 = 4096, WHERE = _MM_HINT_NTA, WHERE_INT4 = _MM_HINT_T0, GROUP_AT_ONCE = 0 };
 #endif
 
 // Products of unsigned and signed bytes. By hand, because gcc spills the sums when it uses _mm512_dpbusd_epi32.
@@ -116,6 +116,8 @@ void int8_rows(const bf16 *x, const int8_t *w, const bf16 *scales, const float *
                long rows, long in, long group, long channels, int threads);
 void int4_row(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, const bf16 *bias, bf16 *out, long in,
               long group, long channels, int threads);
+void int2_rows(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, const bf16 *bias, bf16 *out, long rows,
+               long in, long group, long channels, int threads);
 void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, long in, long group, long channels,
                  long first, long blocks, long start, long depth, long wide, int threads);
 void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, float epsilon, long rows, long width, int threads);

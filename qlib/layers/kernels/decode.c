@@ -2,7 +2,7 @@
 
 #include "common.h"
 
-// A linear that multiplies one row. `kind`: 0 int4_row, 1 int8_rows, 2 int8_dot.
+// A linear that multiplies one row. `kind`: 0 int4_row, 1 int8_rows, 2 int8_dot, 3 int2_rows.
 typedef struct {
     long kind, in, channels, group;
     const void *codes;
@@ -30,6 +30,7 @@ static void multiply(const linear *l, const bf16 *x, bf16 *out, int threads) {
         int8_dot(codes, &scale, &sum, l->codes, l->scales, l->bias, out, 1, l->in, l->channels, threads);
         free(codes);
     }
+    if (l->kind == 3) int2_rows(x, l->codes, l->scales, l->bias, out, 1, l->in, l->group, l->channels, threads);
 }
 
 static void add(bf16 *x, const bf16 *more, long count) { EACH(k, count) x[k] = narrow(widen(x[k]) + widen(more[k])); }

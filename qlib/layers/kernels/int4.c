@@ -1,16 +1,9 @@
-#include "common.h"
+#include "low_bits.h"
 
 // ---- int4 as torch's CPU kernel keeps it (int4_blocks.py), weight = (code - 8) * scale + zero ----
 // A block is 64 channels, [in, 32] bytes: channel j in the low half of byte j, channel j + 32 in the high half.
-// Scales and zeros lie side by side: bf16 [groups, channels, 2].
 
-// 64 bytes are two input channels, 128 are four. Taken in this order, those of 16 output channels (and of 16 more in the
-// high halves) lie side by side, `width` bytes for each; where there are two, the odd bytes mean nothing.
-INLINE __m512i side_by_side(long half, const int width) {
-    uint8_t places[64];
-    EACH(i, 64) places[i] = i / 4 + 16 * half + (width == 1 ? 32 * (i % 4) : i & 2 ? 32 : 0);
-    return _mm512_loadu_si512(places);
-}
+static const float factor[4] = {1, 1, 16, 16};
 
 // One row, in digits. vpdpbusd takes four input channels of 16 output channels: whole bytes, and bytes without their low
 // halves, which are 16 times the codes in the high ones; what the low ones make is the difference. The zeros, and the 8,
@@ -18,26 +11,22 @@ INLINE __m512i side_by_side(long half, const int width) {
 void int4_row(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, const bf16 *bias, bf16 *out, long in,
               long group, long channels, int threads) {
     long groups = in / group;
-    int8_t *digits = malloc(DIGITS * in);
-    float *group_sums = malloc(sizeof(float) * groups), unit = split_row(x, digits, in);
-    EACH(g, groups) group_sums[g] = sum_of(x + g * group, group) / unit;
-    const __m512i high = _mm512_set1_epi8((char)0xf0), order[2] = {side_by_side(0, 1), side_by_side(1, 1)};
+    const row_in_digits row = split_groups(x, in, group);
+    const __m512i high = _mm512_set1_epi8((char)0xf0), order[2] = {side_by_side(0, 4, 32), side_by_side(1, 4, 32)};
 #pragma omp parallel for num_threads(threads)
     for (long n = 0; n < channels; n += 64) {
         const uint8_t *block = packed + n / 2 * in;
         __m512 totals[4];
         EACH(j, 4) totals[j] = _mm512_setzero_ps();
         EACH(g, groups) {
-            // the next group's lie far from these: at the end, the first ones of the next block
-            const bf16 *next = scales_zeros + (g + 1 < groups ? (g + 1) * channels + n : n + 64) * 2;
-            EACH(j, 4) _mm_prefetch((const char *)(next + j * 32), _MM_HINT_T0);
+            fetch_scales(scales_zeros, g, groups, n, channels);
             __m512i sums[DIGITS][4];
             EACH(p, DIGITS) EACH(j, 4) sums[p][j] = _mm512_setzero_si512();
             if (GROUP_AT_ONCE)
-                EACH(i, group / 2) _mm_prefetch((const char *)block + g * group * 32 + 64 * i + AHEAD, WHERE_INT4);
+                EACH(i, group / 2) _mm_prefetch((const char *)block + g * group * 32 + 64 * i + AHEAD_INT4, WHERE_INT4);
             for (long k = g * group; k < (g + 1) * group; k += 4) {
                 const uint8_t *at = block + k * 32;
-                if (!GROUP_AT_ONCE) EACH(i, 2) _mm_prefetch((const char *)at + 64 * i + AHEAD, WHERE_INT4);
+                if (!GROUP_AT_ONCE) EACH(i, 2) _mm_prefetch((const char *)at + 64 * i + AHEAD_INT4, WHERE_INT4);
                 __m512i first = _mm512_loadu_si512(at), second = _mm512_loadu_si512(at + 64), bytes[4];
                 EACH(half, 2) {
                     bytes[half] = _mm512_permutex2var_epi8(first, order[half], second);
@@ -45,28 +34,17 @@ void int4_row(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, co
                 }
                 EACH(p, DIGITS) {
                     int32_t four;
-                    memcpy(&four, digits + p * in + k, sizeof(four));
-                    __m512i row = _mm512_set1_epi32(four);
-                    EACH(j, 4) ADD_PRODUCTS(sums[p][j], bytes[j], row);
+                    memcpy(&four, row.digits + p * in + k, sizeof(four));
+                    __m512i digit = _mm512_set1_epi32(four);
+                    EACH(j, 4) ADD_PRODUCTS(sums[p][j], bytes[j], digit);
                 }
             }
             EACH(p, DIGITS) EACH(half, 2) sums[p][half] = _mm512_sub_epi32(sums[p][half], sums[p][half + 2]);
-            EACH(j, 4) {
-                __m512i both = _mm512_loadu_si512(scales_zeros + (g * channels + n + j * 16) * 2);
-                __m512 scale = even_halves(both), rest = _mm512_fnmadd_ps(_mm512_set1_ps(8), scale, odd_halves(both));
-                __m512 sum = _mm512_mul_ps(join_digits(&sums[0][j], 4), _mm512_set1_ps(j < 2 ? 1 : 1.f / 16));
-                totals[j] = _mm512_fmadd_ps(sum, scale, totals[j]);
-                totals[j] = _mm512_fmadd_ps(_mm512_set1_ps(group_sums[g]), rest, totals[j]);
-            }
+            add_group(sums, factor, scales_zeros + (g * channels + n) * 2, 8, row.group_sums[g], totals);
         }
-        EACH(j, 4) {
-            float last[16];
-            _mm512_storeu_ps(last, totals[j]);
-            EACH(i, 16) out[n + j * 16 + i] = narrow(unit * last[i] + (bias ? widen(bias[n + j * 16 + i]) : 0));
-        }
+        finish_block(totals, row.unit, bias ? bias + n : NULL, out + n);
     }
-    free(digits);
-    free(group_sums);
+    free_row(row);
 }
 
 // The weights of `depth` input channels from `start` on, whole groups, of `blocks` blocks from channel `first` on, rounded
@@ -76,7 +54,7 @@ void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, lon
                  long first, long blocks, long start, long depth, long wide, int threads) {
     uint16_t places[32];
     EACH(i, 32) places[i] = i / 2 + i % 2 * 16;
-    const __m512i zip = _mm512_loadu_si512(places), order[2] = {side_by_side(0, 2), side_by_side(1, 2)};
+    const __m512i zip = _mm512_loadu_si512(places), order[2] = {side_by_side(0, 2, 32), side_by_side(1, 2, 32)};
     // as the last bits of a bf16 number, a code is 128 + code
     const __m512i bits = _mm512_set1_epi16(15), number = _mm512_set1_epi16(0x4300);
 #pragma omp parallel for collapse(2) num_threads(threads)
