@@ -1,19 +1,19 @@
 """llama.cpp's low-level interface: load a GGUF file and run token ids through it. Needs llama.cpp's environment."""
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
+import torch
 
 from qlib.errors import UserError
+from qlib.layers.build import call, missing
 
 __all__ = ["Session", "failed", "messages", "start"]
 
-#: The one thread that computes. llama.cpp shapes the tile registers of a processor with AMX once in a thread and takes it that
-#: they stay so; torch, where it runs in the same thread, releases them, and the next tile instruction would end the process.
-WORKER = ThreadPoolExecutor(1)
+#: The shape that llama.cpp gave the tile registers of a processor with AMX; all 0: none.
+TILES = torch.zeros(64, dtype=torch.uint8)
 #: Warnings and errors so far.
 messages: list[str] = []
 
@@ -75,7 +75,14 @@ class Session:
         self.ids[:count] = ids
         self.positions[:count] = np.arange(start, start + count)
         self.wanted[:count] = np.arange(count) >= count - keep
-        if code := WORKER.submit(llama_cpp.llama_decode, self.context, self.batch).result():
+        # It shapes the registers once in a thread and takes it that they stay so. Torch, where it ran in between, has released
+        # them, and the next tile instruction would end the process.
+        if not missing():
+            call("restore_tiles", TILES)
+        code = llama_cpp.llama_decode(self.context, self.batch)
+        if not missing():
+            call("keep_tiles", TILES)
+        if code:
             raise failed(f"decoding {count} tokens failed with code {code}")
         llama_cpp.llama_synchronize(self.context)
 

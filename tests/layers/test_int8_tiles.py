@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from qlib.layers import int8_tiles, native
+from qlib.layers import build, int8_tiles, native
 from qlib.layers.int8 import Int8Linear
 from qlib.quantize.grid import CompressedWeight, Grid
 
@@ -40,3 +40,19 @@ def test_many_rows_against_float64(rows, width, out, symmetric):
     exact = x.double() @ ((codes.double() - zeros.double()) * scales.double()).t() + bias.double()
     magnitude = x.double().abs() @ (codes.double() * scales.double()).t()  # of the largest terms that cancel
     assert ((layer.expand_multiply(x).double() - exact).abs() <= exact.abs() * 2**-8 + magnitude * 2**-18).all()
+
+
+@pytest.mark.skipif(not native.has_amx(), reason="needs a processor with AMX")
+def test_tile_registers_take_their_shape_back_after_a_product_released_them():
+    """What llama.cpp needs between torch's products; palette 1, all eight tiles of 16 rows of 64 bytes."""
+    shape, none = torch.zeros(64, dtype=torch.uint8), torch.zeros(64, dtype=torch.uint8)
+    shape[0], shape[16:32:2], shape[48:56] = 1, 64, 16
+    kept = torch.ones(64, dtype=torch.uint8)
+    build.call("restore_tiles", shape)
+    build.call("restore_tiles", none)  # changes nothing
+    build.call("keep_tiles", kept)
+    assert torch.equal(kept, shape)
+    codes = torch.randint(-128, 128, (32, 64), dtype=torch.int8)
+    native.int8_dot(torch.randn(32, 64).bfloat16(), int8_tiles.tile(codes), torch.ones(32).bfloat16())
+    build.call("keep_tiles", kept)
+    assert torch.equal(kept, none)

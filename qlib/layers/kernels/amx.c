@@ -9,6 +9,8 @@
 #if !defined(__AMX_INT8__) || !defined(__AMX_BF16__)
 
 int amx_ready(int threads) { return 0; }
+void keep_tiles(void *shape, int threads) {}
+void restore_tiles(const void *shape, int threads) {}
 void int8_tiles(const int8_t *x, const float *row_scales, const int8_t *w, const bf16 *scales, const bf16 *bias,
                 bf16 *out, long rows, long in, long channels, int threads) {}
 void int8_wide_tiles(const bf16 *x, const int8_t *w, const bf16 *scales, const float *offsets, const bf16 *bias,
@@ -36,6 +38,12 @@ enum { DEPTH = 1024, BLOCK = 512, PANEL = 512 };
 
 // Whether the system lets this process use the tiles: it must be asked once.
 int amx_ready(int threads) { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0; }
+
+// The shape of this thread's tiles, 64 bytes, all 0 where they have none; and back to it, where it is one.
+void keep_tiles(void *shape, int threads) { __asm__ volatile("sttilecfg %0" : "=m"(*(char(*)[64])shape)); }
+void restore_tiles(const void *shape, int threads) {
+    if (*(const char *)shape) __asm__ volatile("ldtilecfg %0" ::"m"(*(const char(*)[64])shape));
+}
 
 INLINE void configure(void) {
     struct {
