@@ -132,11 +132,13 @@ class Int4Linear(PackedLinear):
 
     def _pack(self, codes: torch.Tensor, group: int) -> torch.Tensor:
         """Codes `[out, in]` in the order that the kernel reads, of `group` input channels to a scale."""
-        return _pack(codes + (MIDDLE - self.grid.levels // 2), group)
+        moved = MIDDLE - self.grid.levels // 2
+        return _pack(codes + moved if moved else codes.contiguous(), group)
 
     def _unpack(self) -> torch.Tensor:
         """The inverse of `_pack`: uint8 `[out, in]`."""
-        return self._codes() - (MIDDLE - self.grid.levels // 2)
+        moved = MIDDLE - self.grid.levels // 2
+        return self._codes() - moved if moved else self._codes()
 
     def _codes(self) -> torch.Tensor:
         """uint8 `[out, in]`, as they were moved.

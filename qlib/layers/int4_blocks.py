@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from qlib.layers import native
+from qlib.layers import native, native_rounding
 from qlib.layers.base import SCRATCH_BYTES, channels_at_once
 
 __all__ = ["pack", "unpack", "block_rows", "expands_natively", "multiplies_natively", "expand_multiply"]
@@ -22,7 +22,9 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     rows, (out_features, width) = block_rows(), codes.shape
     packed = torch.empty(out_features, width // 2, dtype=torch.uint8)
     full = out_features // rows * rows if rows else 0
-    if full:
+    if full and rows == 64 and native_rounding.takes(codes, torch.uint8):
+        native_rounding.join_blocks(codes[:full], packed[:full])
+    elif full:
         halves = codes[:full].view(-1, 2, rows // 2, width)
         both = halves[:, 1] << 4
         packed[:full].view(-1, width, rows // 2).copy_(both.bitwise_or_(halves[:, 0]).transpose(1, 2))
@@ -36,9 +38,12 @@ def unpack(packed: torch.Tensor, rows: int | None = None) -> torch.Tensor:
     rows = rows or block_rows()
     (out_features, half), full = packed.shape, len(packed) // rows * rows
     codes = torch.empty(out_features, 2 * half, dtype=torch.uint8)
-    blocks = packed[:full].view(-1, 2 * half, rows // 2)  # [blocks, in, bytes]
-    ordered = codes[:full].view(-1, 2, rows // 2, 2 * half)
-    ordered[:, 0], ordered[:, 1] = (blocks & 15).transpose(1, 2), (blocks >> 4).transpose(1, 2)
+    if rows == 64 and native_rounding.takes(packed, torch.uint8):
+        native_rounding.split_blocks(packed[:full], codes[:full])
+    else:
+        blocks = packed[:full].view(-1, 2 * half, rows // 2)  # [blocks, in, bytes]
+        ordered = codes[:full].view(-1, 2, rows // 2, 2 * half)
+        ordered[:, 0], ordered[:, 1] = (blocks & 15).transpose(1, 2), (blocks >> 4).transpose(1, 2)
     if full < out_features:
         last = packed[full:].reshape(2 * half, -1)  # [in, bytes]
         codes[full::2], codes[full + 1 :: 2] = (last & 15).t(), (last >> 4).t()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from qlib.errors import UserError
+from qlib.layers import native_rounding
 from qlib.quantize.grid import CompressedWeight, Grid
 
 __all__ = [
@@ -30,6 +31,8 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 8:
         return codes.contiguous()
     count = codes.shape[1]
+    if bits == 4 and count % 2 == 0 and native_rounding.takes(codes, torch.uint8):
+        return native_rounding.join_pairs(codes)
     per, width = _word(bits)
     codes = F.pad(codes, (0, -count % per)).view(len(codes), -(-count // per), per)  # [rows, words, codes of a word]
     words = codes[..., 0].to(torch.int64 if per * bits > 8 else torch.uint8, copy=True, memory_format=torch.contiguous_format)
@@ -43,6 +46,8 @@ def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The inverse of `pack_bits`: uint8 codes `[rows, count]`."""
     if bits == 8:
         return packed
+    if bits == 4 and count == 2 * packed.shape[1] and native_rounding.takes(packed, torch.uint8):
+        return native_rounding.split_pairs(packed)
     per, width = _word(bits)
     packed = F.pad(packed, (0, -packed.shape[1] % width))
     packed = packed.view(len(packed), packed.shape[1] // width, width)  # [rows, words, bytes of a word]

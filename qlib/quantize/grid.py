@@ -128,6 +128,8 @@ def fit_grid(weight: torch.Tensor, grid: Grid, tensor_scale: torch.Tensor | None
 
 def ranges(weight: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Least and greatest weight of every group, and 0 if that lies outside of them; fp32 `[out, groups]` each."""
+    if _native().takes(weight, torch.bfloat16):
+        return _native().ranges(weight, grid.groups(weight.shape[1]))
     groups = weight.view(len(weight), grid.groups(weight.shape[1]), -1)
     return groups.amin(-1).float().clamp(max=0), groups.amax(-1).float().clamp(min=0)
 
@@ -172,11 +174,21 @@ def round_to_grid(
     tensor_scale: torch.Tensor | None = None,
 ) -> CompressedWeight:
     """Round every weight to the nearest code of its group."""
+    if grid.element == "int" and _native().takes(weight, torch.bfloat16):
+        codes = _native().codes(weight, scales.float(), zeros.float(), grid.levels, grid.real_zero)
+        return CompressedWeight(grid, codes, scales, zeros, tensor_scale)
     codes, rows = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), rows_at_once(weight)
     factors, zero = scale_values(scales, tensor_scale)[..., None], zeros.float()[..., None]
     for part, found, *fitted in zip(weight.split(rows), codes.split(rows), factors.split(rows), zero.split(rows)):
         found.copy_(nearest_codes(part.float().view(len(part), scales.shape[1], -1), grid, *fitted).flatten(1))
     return CompressedWeight(grid, codes, scales, zeros, tensor_scale)
+
+
+def _native():
+    """Kernels of the same: qlib.layers builds on this module, so they are asked for late."""
+    from qlib.layers import native_rounding
+
+    return native_rounding
 
 
 def rows_at_once(weight: torch.Tensor) -> int:

@@ -1,0 +1,70 @@
+// Rounding to nearest and packing, as grid.py, int4_blocks.py and storage.py say what they do: the same bits, in one pass.
+
+#include "common.h"
+
+// Numbers of groups that need no whole vector.
+INLINE __mmask16 there_of(long left) { return left < 16 ? (1 << left) - 1 : 0xffff; }
+
+// Least and greatest weight of each group, and 0 if that lies outside of them: w [groups, size], low and high [groups].
+void group_ranges(const bf16 *w, float *low, float *high, long groups, long size, int threads) {
+#pragma omp parallel for num_threads(threads)
+    EACH(g, groups) {
+        __m512 least = _mm512_setzero_ps(), most = least;
+        for (long k = 0; k < size; k += 16) {
+            __m512 some = widen_some(there_of(size - k), w + g * size + k);
+            least = _mm512_min_ps(least, some), most = _mm512_max_ps(most, some);
+        }
+        low[g] = _mm512_reduce_min_ps(least), high[g] = _mm512_reduce_max_ps(most);
+    }
+}
+
+// Codes of integers: w [groups, size], each group's scale and zero. A zero that is no code of its own is added before rounding.
+void group_codes(const bf16 *w, const float *scales, const float *zeros, uint8_t *codes, long groups, long size, long levels,
+                 long real_zero, int threads) {
+#pragma omp parallel for num_threads(threads)
+    EACH(g, groups) {
+        const __m512 scale = _mm512_set1_ps(scales[g]), zero = _mm512_set1_ps(zeros[g]), top = _mm512_set1_ps(levels - 1);
+        for (long k = 0; k < size; k += 16) {
+            __mmask16 there = there_of(size - k);
+            __m512 steps = _mm512_div_ps(widen_some(there, w + g * size + k), scale);
+            if (real_zero) steps = _mm512_roundscale_ps(_mm512_add_ps(steps, zero), 0);
+            else steps = _mm512_add_ps(_mm512_roundscale_ps(steps, 0), zero);
+            steps = _mm512_min_ps(_mm512_max_ps(steps, _mm512_setzero_ps()), top);
+            _mm512_mask_cvtepi32_storeu_epi8(codes + g * size + k, there, _mm512_cvtps_epi32(steps));
+        }
+    }
+}
+
+// Two codes to a byte, the first in the low half: `count` bytes; and back.
+void join_pairs(const uint8_t *codes, uint8_t *packed, long count, int threads) {
+#pragma omp parallel for simd num_threads(threads)
+    EACH(i, count) packed[i] = codes[2 * i] | codes[2 * i + 1] << 4;
+}
+
+void split_pairs(const uint8_t *packed, uint8_t *codes, long count, int threads) {
+#pragma omp parallel for simd num_threads(threads)
+    EACH(i, count) codes[2 * i] = packed[i] & 15, codes[2 * i + 1] = packed[i] >> 4;
+}
+
+// Codes [channels, in] to blocks of int4 (int4_blocks.py), and back; channels are a multiple of 64.
+void join_blocks(const uint8_t *codes, uint8_t *packed, long channels, long in, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long n = 0; n < channels; n += 64)
+        for (long start = 0; start < in; start += 64)  // so many columns of a block stay in the first cache
+            EACH(j, 32) {
+                const uint8_t *low = codes + (n + j) * in + start, *high = low + 32 * in;
+                uint8_t *to = packed + n / 2 * in + start * 32 + j;
+                EACH(k, LEAST(64, in - start)) to[32 * k] = low[k] | high[k] << 4;
+            }
+}
+
+void split_blocks(const uint8_t *packed, uint8_t *codes, long channels, long in, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long n = 0; n < channels; n += 64)
+        for (long start = 0; start < in; start += 64)
+            EACH(j, 32) {
+                const uint8_t *from = packed + n / 2 * in + start * 32 + j;
+                uint8_t *low = codes + (n + j) * in + start, *high = low + 32 * in;
+                EACH(k, LEAST(64, in - start)) low[k] = from[32 * k] & 15, high[k] = from[32 * k] >> 4;
+            }
+}
