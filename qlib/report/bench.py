@@ -77,21 +77,30 @@ def bench_words(rows: Sequence[dict[str, Any]]) -> str:
     counts = [verdict(row) for row in rows]
     words = {"yes": "met", "no": "missed", numbers.OPEN: numbers.OPEN, numbers.ABSENT: numbers.ABSENT}
     facts = [f"{counts.count(key)} {word}" for key, word in words.items() if key in counts]
-    places = list(dict.fromkeys(place for row in all_ if (place := _place(row.get("provenance") or {}))))
-    where = f"Measured on {'; and on '.join(places)}." if places else "The file does not tell the machine."
+    found = [row["provenance"] for row in all_ if row.get("provenance")]
+    where = f"Measured on {'; and on '.join(_places(found))}.{_tools(found)}" if found else "The file does not tell the machine."
     return f"{len(rows)} targets: {', '.join(facts)}. {where}"
 
 
-def _place(found: dict[str, Any]) -> str:
-    """Machine, threads, versions and day; empty if nothing is known."""
-    if not found:
-        return ""
-    packages, tools = found.get("packages") or {}, found.get("tools") or {}
-    versions = [f"Python {found.get('python', '?')}", *(f"{n} {packages[n]}" for n in ("torch",) if n in packages)]
-    facts = [str(found.get("gpu") or found.get("cpu") or "an unknown machine"), f"{found.get('threads', '?')} threads"]
-    facts += [*versions, f"commit {str(found.get('commit') or 'unknown')[:10]}", str(found.get("started") or "")[:10]]
-    beside = ", ".join(f"{name} {version}" for name, version in tools.items())
-    return ", ".join(filter(None, facts)) + (f", with {beside}" if beside else "")
+def _places(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Machine, threads and versions, each once, with the commits that were measured there and the days."""
+    places: dict[str, tuple[dict, dict]] = {}
+    for one in found:
+        packages = one.get("packages") or {}
+        facts = [str(one.get("gpu") or one.get("cpu") or "an unknown machine"), f"{one.get('threads', '?')} threads"]
+        facts += [f"Python {one.get('python', '?')}", *(f"{n} {packages[n]}" for n in ("torch",) if n in packages)]
+        commits, days = places.setdefault(", ".join(facts), ({}, {}))
+        commits[str(one.get("commit") or "unknown")[:10]] = days[str(one.get("started") or "")[:10]] = True
+    return [
+        ", ".join([place, f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}", *filter(None, days)])
+        for place, (commits, days) in places.items()
+    ]
+
+
+def _tools(found: Sequence[dict[str, Any]]) -> str:
+    """A sentence with every version of every tool; empty if there is none."""
+    beside = sorted({f"{name} {version}" for one in found for name, version in (one.get("tools") or {}).items()})
+    return f" Tools: {', '.join(beside)}." if beside else ""
 
 
 def growth_frame(rows: Sequence[dict[str, Any]]):

@@ -43,8 +43,10 @@ def test_the_sentence_counts_and_names_machine_and_tools():
     assert bench_words(ROWS).startswith("4 targets: 1 met, 1 missed, 1 not resolved, 1 not measured. The file does not")
     later = [one | {"provenance": MACHINE | {"tools": {"gptqmodel": "5.0"}}} for one in ROWS]
     said = bench_words([*later, *ROWS])
-    assert "Zen 5, 2 threads, Python 3.11.7, torch 2.13.0, commit 0123456789, with gptqmodel 5.0." in said
-    assert said.count("Zen 5") == 1
+    assert said.endswith("Zen 5, 2 threads, Python 3.11.7, torch 2.13.0, commit 0123456789. Tools: gptqmodel 5.0.")
+    other = ROWS[0] | {"provenance": MACHINE | {"commit": "abcdef", "started": "2026-01-02T03:04:05", "tools": {"hqq": "0.2"}}}
+    said = bench_words([*later, other])
+    assert "commits 0123456789, abcdef, 2026-01-02. Tools: gptqmodel 5.0, hqq 0.2." in said and said.count("Zen 5") == 1
 
 
 @pytest.mark.parametrize("content", [None, "{broken", '{"rows": 1}', "[1, 2]"])
