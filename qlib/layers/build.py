@@ -30,7 +30,7 @@ ARGUMENTS = {
     "int4_expand": "pppnnnnnnnn", "rms_norm": "pppfnn", "attend": "ppppppppnnnnn", "decode": "ppppnn",
     "group_ranges": "pppnn", "group_codes": "ppppnnnn", "join_pairs": "ppn", "split_pairs": "ppn", "join_blocks": "ppnn",
     "split_blocks": "ppnn", "round_columns": "pppppppnnn", "causal_softmax": "pnnnn", "causal_softmax_backward": "ppnnnn", "amx_ready": "", "keep_tiles": "p", "restore_tiles": "p", "int8_tiles": "ppppppnnn",
-    "int8_wide_tiles": "ppppppnnn", "int4_tiles": "ppppnnnnn", "attend_windows": "ppppppfnnnnn", "attend_windows_backward": "pppppppppfnnnnn",
+    "int8_wide_tiles": "ppppppnnn", "int4_tiles": "ppppnnnnnn", "attend_windows": "ppppppfnnnnn", "attend_windows_backward": "pppppppppfnnnnn",
 }  # fmt: skip
 TYPES = {"p": ctypes.c_void_p, "n": ctypes.c_long, "f": ctypes.c_float}
 

@@ -40,6 +40,9 @@ class Int2Linear(Int4Linear):
         if not self._is_narrow():
             return super().expand_multiply(x)
         out, both = x.new_empty(len(x), self.out_features), self._scales_and_zeros()
+        if int4_blocks.multiplies_natively():
+            native.int4_multiply(x, self.packed, both, out)
+            return out if self.bias is None else out.add_(self.bias)
         step = max(1, SCRATCH_BYTES // (BLOCK * self.in_features // 2)) * BLOCK
         for start in range(0, self.out_features, step):
             part = slice(start, min(start + step, self.out_features))
@@ -63,7 +66,7 @@ class Int2Linear(Int4Linear):
         if self.runs_packed(rows):
             return "packed int2 (own kernel)"
         many = "in the matmul (AMX, own kernel)" if int4_blocks.multiplies_natively() else "(our own), then matmul"
-        return f"int2 to int4 blocks, these dequantized to bf16 {many}"
+        return f"int2 dequantized to bf16 {many}"
 
     def _is_narrow(self) -> bool:
         """Whether codes are held in the order of this module."""

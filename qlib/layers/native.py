@@ -129,9 +129,12 @@ def int4_expand(
 
 
 def int4_multiply(x: torch.Tensor, packed: torch.Tensor, scales_zeros: torch.Tensor, out: torch.Tensor) -> None:
-    """Product of bf16 `x [rows, in]` and int4 as for `int4_row`, into the first columns of `out`; needs `has_amx`."""
-    group = x.shape[1] // len(scales_zeros)
-    call("int4_tiles", x.contiguous(), packed, scales_zeros, out, *x.shape, group, len(packed), out.stride(0))
+    """Product of bf16 `x [rows, in]` and int4 as for `int4_row`, or int2 as for `int2_rows`, into the first columns of `out`.
+
+    Needs `has_amx`.
+    """
+    group, bits = x.shape[1] // len(scales_zeros), 8 * packed.shape[1] // x.shape[1]
+    call("int4_tiles", x.contiguous(), packed, scales_zeros, out, *x.shape, group, len(packed), out.stride(0), bits)
 
 
 def round_columns(

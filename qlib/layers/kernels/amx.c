@@ -16,7 +16,7 @@ void int8_tiles(const int8_t *x, const float *row_scales, const int8_t *w, const
 void int8_wide_tiles(const bf16 *x, const int8_t *w, const bf16 *scales, const float *offsets, const bf16 *bias,
                      bf16 *out, long rows, long in, long channels, int threads) {}
 void int4_tiles(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, long rows, long in,
-                long group, long channels, long apart, int threads) {}
+                long group, long channels, long apart, long bits, int threads) {}
 
 #else
 
@@ -248,15 +248,17 @@ INLINE void add_numbers(const bf16 *x0, const bf16 *x1, const bf16 *w, float *su
     STORE_SUMS(sums);
 }
 
-// out: rows lie `apart` numbers from each other; channels are a multiple of WIDE, `in` of HALF and of the group.
+// out: rows lie `apart` numbers from each other; channels are a multiple of WIDE, `in` of HALF and of the group. Codes of 2
+// bits (int2.c) become codes of 4 some at a time.
 void int4_tiles(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, long rows, long in,
-                long group, long channels, long apart, int threads) {
+                long group, long channels, long apart, long bits, int threads) {
     enum { STRETCH = 512 };  // a multiple of every group
     long all = (rows + PAIR - 1) / PAIR * PAIR, panel = share(channels, WIDE, threads);
     bf16 *ordered = aligned_alloc(64, sizeof(bf16) * all * in);
     order_numbers(x, ordered, rows, in, threads);
 #pragma omp parallel num_threads(threads)
     {
+        uint8_t *codes = aligned_alloc(64, PANEL * STRETCH / 2);
         bf16 *some = aligned_alloc(64, sizeof(bf16) * PANEL * STRETCH);  // [wide / PAIR, depth / 2, PAIR, 2]
         float *sums = aligned_alloc(64, sizeof(float) * PANEL * BLOCK);  // [block / PAIR, wide / PAIR, 4, SIDE, SIDE]
         configure();
@@ -267,7 +269,14 @@ void int4_tiles(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, 
                 memset(sums, 0, sizeof(float) * wide * block);
                 for (long start = 0; start < in; start += STRETCH) {
                     long depth = LEAST(STRETCH, in - start);
-                    int4_expand(packed, scales_zeros, some, in, group, channels, n, wide / WIDE, start, depth, PAIR, 1);
+                    if (bits == 4)
+                        int4_expand(packed, scales_zeros, some, in, group, channels, n, wide / WIDE, start, depth, PAIR, 1);
+                    else {
+                        const bf16 *own = scales_zeros + (start / group * channels + n) * 2;
+                        EACH(b, wide / WIDE)
+                            int2_widen(packed + (n + b * WIDE) / 4 * in + start * 16, codes + b * depth * 32, depth * 16, 1);
+                        int4_expand(codes, own, some, depth, group, channels, 0, wide / WIDE, 0, depth, PAIR, 1);
+                    }
                     for (long m = 0; m < block; m += PAIR) {
                         const bf16 *from = ordered + (first + m) * in + SIDE * start;
                         for (long c = 0; c < wide; c += PAIR)
@@ -281,6 +290,7 @@ void int4_tiles(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, 
                 }
             }
         __asm__ volatile("tilerelease" ::);
+        free(codes);
         free(some);
         free(sums);
     }

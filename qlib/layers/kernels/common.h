@@ -118,6 +118,7 @@ void int4_row(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, co
               long group, long channels, int threads);
 void int2_rows(const bf16 *x, const uint8_t *packed, const bf16 *scales_zeros, const bf16 *bias, bf16 *out, long rows,
                long in, long group, long channels, int threads);
+void int2_widen(const uint8_t *packed, uint8_t *wide, long count, int threads);
 void int4_expand(const uint8_t *packed, const bf16 *scales_zeros, bf16 *out, long in, long group, long channels,
                  long first, long blocks, long start, long depth, long wide, int threads);
 void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, float epsilon, long rows, long width, int threads);
