@@ -95,7 +95,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     joined = quarters[:, 0].clone()
     for index in range(1, 4):
         joined |= quarters[:, index] << 2 * index
-    return joined.transpose(1, 2).reshape(len(codes), -1)
+    return joined.transpose(1, 2).contiguous().view(len(codes), -1)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:

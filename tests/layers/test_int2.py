@@ -32,7 +32,7 @@ def make(grid: Grid, shape: tuple[int, int], bias: bool = True):
 def test_a_block_is_what_its_description_says():
     codes = torch.randint(4, (192, 8), dtype=torch.uint8)
     packed = int2.pack(codes)
-    assert packed.shape == (192, 2) and torch.equal(int2.unpack(packed), codes)
+    assert packed.shape == (192, 2) and int2.pack(codes[:64].repeat(1, 8)).is_contiguous() and torch.equal(int2.unpack(packed), codes)
     blocks = packed.view(3, 8, 16)
     for block in range(3):
         for channel in range(64):
@@ -125,3 +125,13 @@ def test_other_shapes_and_machines_hold_int4(monkeypatch):
     monkeypatch.setattr(native, "missing", lambda: "switched off")
     layer, compressed = make(Grid(2, 32), (192, 256))
     assert type(layer) is Int4Linear and torch.equal(layer.compressed().codes, compressed.codes)
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", (1, 5, 70))
+def test_a_single_block_as_wide_as_it_is_high(rows):
+    """Its bytes, `[in, 16]` and `[out, in / 4]` alike, once were a view that the kernel read the wrong way round."""
+    layer, compressed = make(Grid(2, 32), (64, 64))
+    x = torch.randn(rows, 64).bfloat16()
+    wanted = x.float() @ compressed.dequantize().t() + layer.bias.float()
+    assert layer.packed.is_contiguous() and (layer(x) - wanted).abs().max() < 0.05
