@@ -6,7 +6,7 @@ j + 32 and j + 48, the first in its lowest bits. So the halves of a block of int
 
 import torch
 
-from qlib.layers import int4_blocks, native, native_blocks
+from qlib.layers import int4_blocks, native
 from qlib.layers.base import SCRATCH_BYTES
 from qlib.layers.int4 import Int4Linear
 from qlib.quantize.grid import Grid
@@ -22,8 +22,9 @@ class Int2Linear(Int4Linear):
     The kernel computes a weight as (code - 2) * scale + zero, scale and zero as in int4.
     """
 
-    #: Measured: for more rows making int4 of some channels at a time, and multiplying that, is faster.
+    #: Measured on a processor with AMX: for more rows dequantizing to bf16 and multiplying is faster.
     packed_rows = 14
+    own_kernel = "int2_rows"
 
     @staticmethod
     def fits(grid: Grid, out_features: int, in_features: int) -> bool:
@@ -53,12 +54,6 @@ class Int2Linear(Int4Linear):
 
     def runs_packed(self, rows: int) -> bool:
         return rows <= self.packed_rows if self._is_narrow() else super().runs_packed(rows)
-
-    def row_kernel(self) -> native_blocks.RowKernel | None:
-        if not self._is_narrow():
-            return super().row_kernel()
-        shape, group = (self.out_features, self.in_features), self.in_features // len(self.scale_bits)
-        return native_blocks.RowKernel("int2_rows", shape, group, self.packed, self._scales_and_zeros())
 
     def kernel(self, rows: int) -> str:
         if not self._is_narrow():

@@ -32,6 +32,7 @@ class Int4Linear(PackedLinear):
     packed_rows, packed_rows_tiled, packed_rows_without = 24, 7, 64
     #: The same of our kernel on a GPU.
     packed_rows_gpu = 64
+    own_kernel = "int4_row"
 
     def __init__(self, compressed: CompressedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__(compressed.grid, tuple(compressed.codes.shape), bias)
@@ -100,7 +101,7 @@ class Int4Linear(PackedLinear):
         if not self._has_own_kernel(1):
             return None
         shape, group = (self.out_features, self.in_features), self.in_features // len(self.scale_bits)
-        return native_blocks.RowKernel("int4_row", shape, group, self.packed, self._scales_and_zeros())
+        return native_blocks.RowKernel(self.own_kernel, shape, group, self.packed, self._scales_and_zeros())
 
     def _has_own_kernel(self, rows: int) -> bool:
         return rows == 1 and int4_blocks.block_rows() == 64 and native.takes(self.packed.device, self.out_features, 64)

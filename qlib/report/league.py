@@ -154,10 +154,11 @@ def league_table(book: Book, model: str | None = None) -> Table | None:
         if not at or bits != everyone[at - 1][0]:
             rows.append(Group(f"{bits} bits", "tool"))
         rows.append(list(row))
+    larger = [name for names in OURS.values() for name in names[1:]]
     caption = (
         "Every tool with the same model, calibration tokens and scorer, and our best recipes at each width. A tool is held "
-        "against the largest of ours that takes no more bits per weight (zeros, which symmetric codes have not, are not counted); ours of "
-        "3.7 and 2.8 bits were added once llama.cpp’s larger types had been measured. “tied” says that "
+        "against the largest of ours that takes no more bits per weight (zeros, which symmetric codes have not, are not counted); "
+        f"{' and '.join(larger)} were added once llama.cpp’s larger types had been measured. “tied” says that "
         f"the paired 95 % interval against the first of the width holds no difference; “equal”, that bits per weight, with scales and "
         f"zeros, are within {EQUAL} of ours, so that the comparison is one at equal size. Speed-ups are those of "
         "the tool's own runtime on one true layer of Qwen-72B over our fastest bf16 layer in the same rounds. Times to compress "

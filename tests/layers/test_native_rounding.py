@@ -50,6 +50,14 @@ def test_rounding(grid, torch_only):
             assert torch.equal(found.codes, wanted.codes) and found.codes.dtype == torch.uint8
 
 
+def test_a_weight_that_is_no_number_is_not_overlooked(torch_only):
+    weight = weights(8, 256)
+    weight[6, 3], weight[7, 200] = float("nan"), float("inf")
+    for found, wanted in zip(ranges(weight, Grid(4, 128)), torch_only(ranges, weight, Grid(4, 128))):
+        assert torch.equal(found.isnan(), wanted.isnan()) and found.isnan().sum() == 1
+        assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+
+
 def test_a_part_of_a_weight_is_left_to_torch():
     weight = weights(70, 512)[:, 128:256]
     assert not native_rounding.takes(weight, torch.bfloat16) and not native_rounding.takes(weight.float(), torch.bfloat16)

@@ -70,10 +70,11 @@ INLINE __m512 exp16(__m512 x) {  // 2^whole * e^rest, relative error below 3e-7
 // How weights are fetched before they are needed. Measured: Intel's processors with AMX fetch twice as fast into the
 // second-level cache, AMD's faster past it. Kernels of few bits compute longer for each byte and need less of a lead.
 #ifdef __AMX_TILE__
-enum { AHEAD = 16384, AHEAD_INT4 = 4096, WHERE = _MM_HINT_T1, WHERE_INT4 = _MM_HINT_T1, GROUP_AT_ONCE = 1 };
+enum { AHEAD = 16384, WHERE = _MM_HINT_T1, WHERE_INT4 = _MM_HINT_T1, GROUP_AT_ONCE = 1 };
 #else
-enum { AHEAD = 4096, AHEAD_INT4 = 4096, WHERE = _MM_HINT_NTA, WHERE_INT4 = _MM_HINT_T0, GROUP_AT_ONCE = 0 };
+enum { AHEAD = 4096, WHERE = _MM_HINT_NTA, WHERE_INT4 = _MM_HINT_T0, GROUP_AT_ONCE = 0 };
 #endif
+enum { AHEAD_INT4 = 4096 };
 
 // Products of unsigned and signed bytes. By hand, because gcc spills the sums when it uses _mm512_dpbusd_epi32.
 #define ADD_PRODUCTS(sum, plus, any) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(plus), "v"(any))

@@ -5,16 +5,19 @@
 // Numbers of groups that need no whole vector.
 INLINE __mmask16 there_of(long left) { return left < 16 ? (1 << left) - 1 : 0xffff; }
 
-// Least and greatest weight of each group, and 0 if that lies outside of them: w [groups, size], low and high [groups].
+// Least and greatest weight of each group, and 0 if that lies outside of them: w [groups, size], low and high [groups]. Both are
+// no number where a weight is none.
 void group_ranges(const bf16 *w, float *low, float *high, long groups, long size, int threads) {
 #pragma omp parallel for num_threads(threads)
     EACH(g, groups) {
         __m512 least = _mm512_setzero_ps(), most = least;
+        __mmask16 none = 0;
         for (long k = 0; k < size; k += 16) {
             __m512 some = widen_some(there_of(size - k), w + g * size + k);
+            none |= _mm512_cmp_ps_mask(some, some, _CMP_UNORD_Q);
             least = _mm512_min_ps(least, some), most = _mm512_max_ps(most, some);
         }
-        low[g] = _mm512_reduce_min_ps(least), high[g] = _mm512_reduce_max_ps(most);
+        low[g] = none ? NAN : _mm512_reduce_min_ps(least), high[g] = none ? NAN : _mm512_reduce_max_ps(most);
     }
 }
 
