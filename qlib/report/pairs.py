@@ -1,6 +1,7 @@
 """Strategies compared on the same documents: resampled together, so that any formula of theirs gets an interval."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Sequence
 
@@ -44,7 +45,7 @@ def together(entries: Sequence[Entry | None]) -> list[Sample] | None:
     Returns:
         None where one is missing, kept no scores, or was measured on other documents or items.
     """
-    found = [entry and _items(entry.folder) for entry in entries]
+    found = [entry and _items(entry.folder / "items.npz") for entry in entries]
     if not found or any(items is None for items in found):
         return None
     first = found[0]
@@ -54,15 +55,26 @@ def together(entries: Sequence[Entry | None]) -> list[Sample] | None:
     documents = len(first["document_tokens"])
     params = entries[0].params
     times = (params.get("evaluation") or {}).get("bootstrap") or DEFAULT_DRAWS
-    draws = np.vstack([np.ones((1, documents)), resample(documents, times, params.get("seed") or 0)])
+    draws = _draws(documents, times, params.get("seed") or 0)
     level = _headline(first, number(entries[0].measure("quality.accuracy")))
     return [_sample(items, level, draws) for items in found]
 
 
-def _items(folder: Path) -> dict[str, np.ndarray] | None:
-    file = folder / "items.npz"
-    if not file.is_file():
-        return None
+@lru_cache(maxsize=2)  # a hundred pairs of a report are drawn alike
+def _draws(documents: int, times: int, seed: int) -> np.ndarray:
+    """Every document once, then how often each is drawn `[1 + times, documents]`."""
+    draws = np.vstack([np.ones((1, documents)), resample(documents, times, seed)])
+    draws.flags.writeable = False  # it is shared
+    return draws
+
+
+def _items(file: Path) -> dict[str, np.ndarray] | None:
+    return _read(file, file.stat().st_mtime_ns) if file.is_file() else None
+
+
+@lru_cache(maxsize=256)
+def _read(file: Path, changed: int) -> dict[str, np.ndarray] | None:
+    """The scores of a file as it was when it `changed`; None if it lacks some."""
     with np.load(file) as stored:
         return {name: stored[name] for name in NAMES} if set(NAMES) <= set(stored.files) else None
 

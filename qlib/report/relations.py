@@ -17,8 +17,11 @@ Recipe = list[dict[str, Any]]
 
 def recipe_of(entry: Entry) -> Recipe:
     """The passes with all their options: a record of an earlier version lacks those that came later."""
-    steps = [step for step in entry.params.get("recipe") or [] if isinstance(step, dict)]
-    return [_defaults(str(step.get("pass"))) | step for step in steps]
+    kept = vars(entry)  # every table asks for it, many times over
+    if "_recipe" not in kept:
+        steps = [step for step in entry.params.get("recipe") or [] if isinstance(step, dict)]
+        kept["_recipe"] = [_defaults(str(step.get("pass"))) | step for step in steps]
+    return kept["_recipe"]
 
 
 @lru_cache(maxsize=None)

@@ -58,7 +58,8 @@ def test_graph_and_weights_agree(model_folder, tied, tmp_path):
     folder = model_folder(tied=tied, **SMALL)
     kinds = [name for name, kind in about("nncf").kinds.items() if kind.method == "RTN"]
     command = [str(environment_of("nncf").python()), "-c", SCRIPT, str(folder), *kinds]
-    environment = {"PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    # Not one thread: OpenVINO 2026 divides by zero when it compiles for bf16 and one thread on a CPU with AMX.
+    environment = {"PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not (tmp_path / "intel").exists()  # where it would keep an identity for its usage data
