@@ -63,6 +63,11 @@ def shrink(errors: torch.Tensor, beta: float, p: float) -> torch.Tensor:
     return (size - size.pow(p - 1) / beta).clamp_(min=0).copysign_(errors)
 
 
+def _shrinks(largest: torch.Tensor, beta: float, p: float) -> bool:
+    """Whether `shrink` leaves anything of errors up to `largest`; the margin is for what rounding may do to it."""
+    return not largest < 0.999 * beta ** (1 / (p - 2))
+
+
 def optimize_zeros(
     weight: torch.Tensor, bits: int, scales: torch.Tensor, zeros: torch.Tensor, options: Options
 ) -> torch.Tensor:
@@ -80,10 +85,14 @@ def optimize_zeros(
     best, least = zeros, torch.full_like(zeros, torch.inf)
     for _ in range(options.iterations + 1):
         codes = (steps + zeros).round_().clamp_(0, 2**bits - 1)
-        errors = groups - (codes - zeros) * scales
-        loss = errors.abs().pow_(options.p).sum(-1, keepdim=True)
+        errors = (codes - zeros).mul_(scales)
+        torch.sub(groups, errors, out=errors)
+        size = errors.abs()
+        far = _shrinks(size.max(), beta, options.p)  # a power of every error is what takes time here
+        loss = size.pow_(options.p).sum(-1, keepdim=True)
         best, least = torch.where(loss < least, zeros, best), torch.minimum(loss, least)
-        zeros = (codes - (groups - shrink(errors, beta, options.p)) / scales).mean(-1, keepdim=True)
+        aims = (groups - shrink(errors, beta, options.p)) / scales if far else steps
+        zeros = codes.sub_(aims).mean(-1, keepdim=True)
         beta *= KAPPA
     return best[..., 0]
 
