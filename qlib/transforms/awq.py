@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from qlib.quantize.grid import Grid, fit_grid, round_to_grid
+from qlib.quantize.grid import Grid, fit_range, nearest_steps, rows_at_once, scale_values
 from qlib.recipe import BlockContext
 from qlib.transforms.rescale import by_channel, by_input, rescale
 from qlib.walk import feed_groups
@@ -27,6 +27,8 @@ CALIBRATES = True
 #: Shares of a group's range that are tried, from all of it down to half; and, while a scale is searched, only these.
 CUTS = tuple(1 - step / 20 for step in range(11))
 FEW_CUTS = CUTS[::2]
+#: Rows of a weight that meet a Gram matrix together, at least: it is read once for all of them.
+PRODUCT_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,14 @@ def scale_error(
     weight: torch.Tensor, grid: Grid, gram: torch.Tensor, scale: torch.Tensor, cuts: tuple[float, ...] = ()
 ) -> float:
     """Squared output error, per token, of a weight `[out, in]` that is multiplied by `scale`, cut and rounded."""
-    scaled = weight.float() * scale
-    cut = cut_ranges(scaled, grid, gram, scale, cuts) if cuts else scaled
-    change = (_rounded(cut, grid) - scaled) / scale
-    return ((change @ gram) * change).sum().item()
+    inner, total = _inner(gram, grid, scale), 0.0
+    for rows in weight.split(_rows(weight, grid)):
+        scaled = rows.float() * scale
+        groups, low, high = _grouped(scaled, grid)
+        share = _best_shares(groups, low, high, grid, inner, cuts) if cuts else torch.ones_like(low)
+        change = (_clamped_and_rounded(groups, low, high, share, grid).view_as(scaled) - scaled).div_(scale)
+        total += (change @ gram).mul_(change).sum().item()
+    return total
 
 
 def cut_ranges(
@@ -121,21 +127,52 @@ def cut_ranges(
     Returns:
         fp32 `[out, in]`.
     """
-    groups = grid.groups(weight.shape[1])
-    grouped, scale = weight.float().view(len(weight), groups, -1), scale.view(groups, 1, -1)
-    size = grouped.shape[-1]
-    gram = gram.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, size, size]
-    gram = gram / (scale.transpose(1, 2) * scale)
-    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
-    best, least = grouped.clone(), torch.full_like(low, torch.inf)
+    inner, found = _inner(gram, grid, scale), torch.empty(weight.shape, device=weight.device)
+    for rows, cut in zip(*(one.split(_rows(weight, grid)) for one in (weight, found))):
+        groups, low, high = _grouped(rows.float(), grid)
+        share = _best_shares(groups, low, high, grid, inner, cuts)
+        cut.copy_(groups.clamp(low * share, high * share).view_as(cut))
+    return found
+
+
+def _rows(weight: torch.Tensor, grid: Grid) -> int:
+    """Rows to work on together: few, so that they fit a cache; all where one scale is that of the whole weight."""
+    whole = grid.element == "nvfp4" or grid.group_size == "tensor"
+    return len(weight) if whole else max(rows_at_once(weight), PRODUCT_ROWS)
+
+
+def _inner(gram: torch.Tensor, grid: Grid, scale: torch.Tensor) -> torch.Tensor:
+    """What each group's inputs, divided by `scale`, have in common: `[groups, size, size]` of the Gram matrix."""
+    groups = grid.groups(len(gram))
+    scale = scale.view(groups, 1, -1)
+    gram = gram.view(groups, scale.shape[-1], groups, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    return gram / (scale.transpose(1, 2) * scale)
+
+
+def _grouped(rows: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Groups `[rows, groups, size]`, and the least and greatest of each `[rows, groups, 1]`."""
+    groups = rows.view(len(rows), grid.groups(rows.shape[1]), -1)
+    return groups, groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+
+
+def _best_shares(
+    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, grid: Grid, inner: torch.Tensor, cuts: tuple[float, ...]
+) -> torch.Tensor:
+    """Of `cuts`, for each group, the share of its range with the least error of its part of the output, the first of equals."""
+    best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
     for cut in cuts:
-        clamped = grouped.clamp(low * cut, high * cut)
-        change = (_rounded(clamped.reshape(weight.shape), grid).view(grouped.shape) - grouped).transpose(0, 1)
-        error = ((change @ gram) * change).sum(-1).T[..., None]  # [out, groups, 1]
-        best = torch.where(error < least, clamped, best)
+        change = _clamped_and_rounded(groups, low, high, torch.full_like(low, cut), grid).sub_(groups).transpose(0, 1)
+        error = (change @ inner).mul_(change).sum(-1).T[..., None]  # [rows, groups, 1]
+        best = best.masked_fill_(error < least, cut)
         least = torch.minimum(error, least)
-    return best.reshape(weight.shape)
+    return best
 
 
-def _rounded(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
-    return round_to_grid(weight, grid, *fit_grid(weight, grid)).dequantize()
+def _clamped_and_rounded(
+    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, share: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Groups, clamped to a share of their ranges, and rounded to the grid that is fitted to what is left."""
+    low, high = low * share, high * share
+    fit = fit_range(low.clamp(max=0)[..., 0], high.clamp(min=0)[..., 0], grid)
+    factors, zeros = scale_values(fit.scales, fit.tensor_scale)[..., None], fit.zeros.float()[..., None]
+    return nearest_steps(groups.clamp(low, high), grid, factors, zeros).mul_(factors)

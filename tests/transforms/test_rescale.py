@@ -75,6 +75,19 @@ def test_the_error_of_a_scale_can_count_the_cut():
     assert expected < awq.scale_error(weight, grid, gram, scale)
 
 
+@pytest.mark.parametrize("grid", [Grid(3, 32), Grid(4, 16, True, "nvfp4"), Grid(8, "tensor", True, "fp8")])
+def test_taking_a_few_rows_at_once_changes_nothing(grid, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(24, 64, generator=generator), torch.randn(200, 64, generator=generator)
+    scale, gram = torch.rand(64, generator=generator) + 0.5, inputs.T @ inputs / 200
+    whole = awq.cut_ranges(weight, grid, gram, scale)
+    monkeypatch.setattr(awq, "PRODUCT_ROWS", 5)
+    monkeypatch.setattr(awq, "rows_at_once", lambda weight: 1)
+    expected = output_error(weight, inputs, grid, scale).item()
+    assert awq.scale_error(weight, grid, gram, scale) == pytest.approx(expected, rel=1e-4)
+    assert torch.equal(awq.cut_ranges(weight, grid, gram, scale), whole)
+
+
 @pytest.mark.parametrize("bits, weights", itertools.product((2, 3, 4), (False, True)))
 @torch.no_grad()
 def test_the_search_never_ends_worse_than_without_scales(subject, transform, linears, ids, bits, weights):
