@@ -56,7 +56,8 @@ def test_methods_are_timed_in_turns_until_the_time_is_over(monkeypatch):
             raise UserError("no <wheel>\nand more")
         return MagicMock(seconds=next(spent))
 
-    for name, stand_in in (("random_model", MagicMock()), ("exclusive", nullcontext), ("run_tool", run), ("_seconds", lambda *_: 2.0)):
+    stand_ins = {"random_model": MagicMock(), "exclusive": nullcontext, "run_tool": run, "_seconds": lambda *_: 2.0}
+    for name, stand_in in (stand_ins | {"_load_kernels": MagicMock()}).items():
         monkeypatch.setattr(bench_methods, name, stand_in)
     rows, late = bench_methods.measure(ROOT, lambda names: True)
     assert not late and (rows[0].measured, rows[0].low, rows[0].high, rows[0].met) == (3.0, 2.0, 4.0, True)
