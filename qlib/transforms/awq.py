@@ -104,7 +104,7 @@ def scale_error(
     weight: torch.Tensor, grid: Grid, gram: torch.Tensor, scale: torch.Tensor, cuts: tuple[float, ...] = ()
 ) -> float:
     """Squared output error, per token, of a weight `[out, in]` that is multiplied by `scale`, cut and rounded."""
-    inner, total = _inner(gram, grid, scale), 0.0
+    inner, total = _inner(gram, grid, scale) if cuts else None, 0.0
     for rows in weight.split(_rows(weight, grid)):
         scaled = rows.float() * scale
         groups, low, high = _grouped(scaled, grid)
