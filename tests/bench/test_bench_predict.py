@@ -50,14 +50,17 @@ def test_a_job_in_a_process_of_its_own_brings_its_figures_back(streamed):
     assert (found["disk"], found["resident"]) == (disk_bytes(outcome), model_bytes(outcome))
 
 
-def test_errors_of_what_was_held_out_become_two_rows_for_each_figure():
+def test_errors_of_what_was_held_out_become_three_rows_for_each_figure():
     pairs = [(f"run {number}", 10.0, 10.0 + number / 2) for number in range(5)]
     rows = {row.name: row for row in judge_figures(Experience(pairs={"decode_seconds": pairs}), [], HERE)}
-    assert len(rows) == 12
+    assert len(rows) == 18
     median, worst = (rows[f"predict: {which} relative error of decode time"] for which in ("median", "worst"))
     assert median.measured == pytest.approx(0.1) and median.met is True
     assert worst.measured == pytest.approx(0.2) and worst.met is False and "the worst: run 4" in worst.how
     assert rows["predict: worst relative error of peak memory"].measured is None
+    count = rows["predict: pairs within 15% of decode time"]
+    assert count.measured == 4 and count.target == ">= 10" and count.met is False
+    assert rows["predict: pairs within 15% of bytes on disk"].measured is None
 
 
 def test_runs_are_left_where_predictions_look_for_them(monkeypatch, tmp_path):
@@ -69,7 +72,7 @@ def test_runs_are_left_where_predictions_look_for_them(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_predict, "this_machine", lambda fresh: HERE)
     monkeypatch.setattr(bench_predict, "time_tokens", lambda shape: {"bf16": {"decode_seconds": 0.1, "prefill_seconds": 0.2}})
     monkeypatch.setattr(bench_predict, "run_jobs", lambda jobs_: jobs)
-    assert len(measure(tmp_path)) == 12
+    assert len(measure(tmp_path)) == 18
     taught = read_machine(str(tmp_path / RUNS))
     assert taught.rates == HERE.rates and [run["name"] for run in taught.runs] == ["bf16 on tiny", "a"]
     assert learn(taught, taught.runs).fits["tokens"].factors
