@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from qlib.bench import bench_predict
-from qlib.bench.bench_predict import FORMATS, JOBS, SHAPES, as_run, judge_figures, measure, time_tokens
+from qlib.bench.bench_predict import FORMATS, JOBS, SHAPES, as_run, judge_figures, lower_of, measure, time_tokens
 from qlib.bench.predict_runs import Job, apart
 from qlib.evaluate.fastest import PlainLinear
 from qlib.models.shapes import Shape
@@ -36,6 +36,11 @@ def test_tokens_of_every_format_are_timed_in_both_phases(monkeypatch):
     found = time_tokens(TINY, ("bf16", "int4-g128"), rounds=1)
     assert set(found) == {"bf16", "int4-g128"}
     assert all(set(one) == {"decode_seconds", "prefill_seconds"} and min(one.values()) > 0 for one in found.values())
+
+
+def test_of_several_passes_the_least_time_of_each_figure_counts():
+    first, second = ({TINY: {"bf16": {"decode_seconds": a, "prefill_seconds": b}}} for a, b in ((1.0, 4.0), (2.0, 3.0)))
+    assert lower_of([first, second]) == {TINY: {"bf16": {"decode_seconds": 1.0, "prefill_seconds": 3.0}}}
 
 
 @pytest.mark.parametrize("streamed", [False, True])
