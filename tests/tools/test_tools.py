@@ -26,6 +26,8 @@ from qlib.tools.witness import hash_rows
 pytestmark = [pytest.mark.tools, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+#: As strategies run; OpenVINO 2026.4 ends with a division by zero where it has one, and AMX.
+THREADS = 2
 #: Some linears get more bits, or groups do not lie within a row: their own tests count values.
 UNEVEN = {"llama-cpp", "neural-compressor"}
 STRATEGIES = {one.name: one for one in load_strategies(sorted((ROOT / "params").glob("tool-*.yaml")), ROOT)}
@@ -52,8 +54,8 @@ def test_setting_on_a_tiny_model(options, model_folder, tmp_path):
     folder = model_folder("qwen2", **SMALL)
     ids = torch.from_numpy(np.random.default_rng(1).integers(1, 300, size=(16, 64)))
     exam = make_exam()
-    found = run_tool(options, folder, ids, exam, tmp_path / "work", threads=1)
-    assert found.seconds > 0 and found.versions["torch"].startswith("2.13.0") and found.threads == 1
+    found = run_tool(options, folder, ids, exam, tmp_path / "work", threads=THREADS)
+    assert found.seconds > 0 and found.versions["torch"].startswith("2.13.0") and found.threads == THREADS
     assert options.bits <= found.bits_per_weight <= 9  # some keep each code in a byte, whatever its width
     assert found.seen in (None, hash_rows(ids))
     if found.uncompressed:
