@@ -1,5 +1,8 @@
 """The fastest way torch offers to run the bf16 baseline: a speed-up over a lame baseline is not a speed-up."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -7,9 +10,9 @@ from torch import nn
 from qlib.evaluate.roofline import copies_needed, last_level_cache
 from qlib.evaluate.timing import median_interval, time_rounds
 
-__all__ = ["FORMS", "fastest_form", "PlainLinear", "PrepackedLinear", "Float32Linear"]
+__all__ = ["FORMS", "compare_forms", "fastest_form", "PlainLinear", "PrepackedLinear", "Float32Linear"]
 
-ROUNDS = 3
+ROUNDS, SHARE = 3, 8  # rounds, and copies that one of them uses
 #: Weights of the linear that the forms are compared on, at most.
 PROBE_WEIGHTS = 2**25
 
@@ -64,22 +67,31 @@ FORMS = (PlainLinear, PrepackedLinear, Float32Linear)
 
 
 def fastest_form(weight: torch.Tensor, rows: int) -> tuple[type[nn.Module], dict[str, float]]:
-    """The form that multiplies `rows` rows with `weight` (bf16 `[out, in]`) fastest, and milliseconds of each form.
+    """The form that multiplies `rows` rows with `weight` (bf16 `[out, in]`) fastest, and milliseconds of each form."""
+    return compare_forms(weight, [rows])[0]
+
+
+def compare_forms(weight: torch.Tensor, rows: Sequence[int]) -> list[tuple[type[nn.Module], dict[str, float]]]:
+    """`fastest_form` for several numbers of rows, with the same copies of the weight.
 
     At most `PROBE_WEIGHTS` weights are used, in as many copies as it takes to get past the cache.
     """
     weight = weight[: max(1, PROBE_WEIGHTS // weight.shape[1])]
-    x = torch.full((rows, weight.shape[1]), 0.5, dtype=torch.bfloat16, device=weight.device)
+    inputs = [torch.full((count, weight.shape[1]), 0.5, dtype=torch.bfloat16, device=weight.device) for count in rows]
     copies = copies_needed([2 * weight.numel()] * len(FORMS), last_level_cache(weight.device))
-    calls = {}
+    held = {}
     for form in FORMS:
         try:
             modules = [form(weight.clone()) for _ in range(copies)]
-            modules[0](x)
+            modules[0](inputs[0])
         except (RuntimeError, NotImplementedError):
             continue  # no such kernel on this device
-        calls[form.name] = [lambda module=module: module(x) for module in modules]
-    timed = time_rounds(calls, ROUNDS, weight.device, batches=1)
+        held[form] = modules
+    return [_fastest(held, x) for x in inputs]
+
+
+def _fastest(held: dict[type[nn.Module], list[nn.Module]], x: torch.Tensor) -> tuple[type[nn.Module], dict[str, float]]:
+    calls = {form.name: [partial(module, x) for module in modules] for form, modules in held.items()}
+    timed = time_rounds(calls, ROUNDS, x.device, batches=1, share=SHARE)
     medians = {name: median_interval(values)[0] for name, values in timed.rounds.items()}
-    best = min(medians, key=medians.get)
-    return next(form for form in FORMS if form.name == best), medians
+    return next(form for form in held if form.name == min(medians, key=medians.get)), medians

@@ -10,7 +10,7 @@ from torch import nn
 from qlib.errors import UserError
 from qlib.evaluate import parts
 from qlib.evaluate.batches import linear_calls, time_batches
-from qlib.evaluate.fastest import PlainLinear, fastest_form
+from qlib.evaluate.fastest import PlainLinear, compare_forms, fastest_form
 from qlib.evaluate.footprint import grid_of, narrowed_shape
 from qlib.evaluate.roofline import ReadProbe, copies_needed, last_level_cache
 from qlib.evaluate.timing import exclusive, load_average, median_interval, time_rounds
@@ -126,8 +126,10 @@ def _time_layer(
             calls[format] = [partial(work.run, layer) for work, layer in zip(works, layers[format])]
             if own is shape:  # a mix of formats is summed up linear by linear
                 calls |= linear_calls(shape, format, layers[format], new, device, generator)
-        probe = ReadProbe(device)
-        timed = time_rounds(calls | {PROBE: [probe]}, rounds, device)
+        if phase == "decode":
+            probe = ReadProbe(device)
+            calls[PROBE] = [probe]
+        timed = time_rounds(calls, rounds, device)
         kernels = {format: parts.kernels(layers[format][0], shape, new) for format in formats}
         result[phase] = {"timed": timed, "copies": copies, "kernels": kernels}
         if phase == "decode":
@@ -144,11 +146,9 @@ def _choose_forms(
 ) -> tuple[dict[str, type[nn.Module]], dict[str, Any]]:
     """The fastest form of a bf16 linear for each phase, and what was compared."""
     sample = parts.random_tensor(shape.linears["mlp.gate_proj"], device, generator)
-    forms, compared = {}, {}
-    for phase, count in rows.items():
-        forms[phase], milliseconds = fastest_form(sample, count)
-        compared[phase] = {"chosen": forms[phase].name, "milliseconds": milliseconds}
-    return forms, compared
+    found = dict(zip(rows, compare_forms(sample, list(rows.values()))))
+    compared = {phase: {"chosen": form.name, "milliseconds": times} for phase, (form, times) in found.items()}
+    return {phase: form for phase, (form, _) in found.items()}, compared
 
 
 def _time_head(shape: Shape, rounds: int, seed: int, device: torch.device) -> dict[str, Any]:

@@ -22,8 +22,10 @@ Calls = Mapping[str, Sequence[Callable[[], object]]]
 #: Rounds of a warm-up batch, and how often it is repeated at most.
 BATCH, BATCHES = 3, 4
 #: After two batches, warming up also ends once it has taken so many seconds: long calls need no more of it.
-WARM_SECONDS = 20.0
-#: Copies of a thing that one round uses.
+WARM_SECONDS = 5.0
+#: A round that takes so many seconds is a warm-up batch of its own: what its first call pays for is paid for then.
+LONG_ROUND = 2.0
+#: Copies of a thing that one round uses, at most.
 SHARE = 64
 SETTLED = 0.05
 #: A GPU idles so long before what is timed, while Python launches it.
@@ -46,35 +48,40 @@ class Timed:
     settled: bool
 
 
-def time_rounds(calls: Calls, rounds: int, device: torch.device, batches: int = BATCHES) -> Timed:
+def time_rounds(calls: Calls, rounds: int, device: torch.device, batches: int = BATCHES, share: int = SHARE) -> Timed:
     """Time calls against each other in one process; on a GPU they are replayed as graphs, so that no Python is timed.
 
     Args:
         calls: name -> callables that do the same on different copies of their data. A round runs the next callables of
-            every name, at most `SHARE` of them, interleaved copy by copy in the order A B, B A, A B, ... so that
+            every name, at most `share` of them, interleaved copy by copy in the order A B, B A, A B, ... so that
             drift hits all alike. A copy comes up again only after all others have.
         rounds: number of rounds that count.
         batches: upper bound of warm-up batches. Warming up ends once the median of every name moves by less than 5 %
             from one batch of rounds to the next.
+
+    Returns:
+        the rounds that count, and how many were run before them.
     """
     if device.type == "cuda":
         calls = {name: [recorded(call) for call in copies] for name, copies in calls.items()}
     before: dict[str, float] = {}
-    warm_up, settled, turn, begun = 0, False, 0, time.perf_counter()
-    while not settled and warm_up < batches * BATCH:
-        if warm_up >= 2 * BATCH and time.perf_counter() - begun > WARM_SECONDS:
+    settled, turn, begun = False, 0, time.perf_counter()
+    for number in range(batches):
+        if settled or (number >= 2 and time.perf_counter() - begun > WARM_SECONDS):
             break
-        batch = [_round(calls, device, turn + index) for index in range(BATCH)]
+        lap, batch = time.perf_counter(), [_round(calls, device, turn, share)]
+        if time.perf_counter() - lap < LONG_ROUND:
+            batch += [_round(calls, device, turn + index, share) for index in range(1, BATCH)]
         medians = {name: median(values[name] for values in batch) for name in calls}
         settled = bool(before) and all(abs(medians[name] / before[name] - 1) < SETTLED for name in calls)
-        before, warm_up, turn = medians, warm_up + BATCH, turn + BATCH
-    counted = [_round(calls, device, turn + index) for index in range(rounds)]
-    return Timed({name: np.array([values[name] for values in counted]) for name in calls}, warm_up, settled)
+        before, turn = medians, turn + len(batch)
+    counted = [_round(calls, device, turn + index, share) for index in range(rounds)]
+    return Timed({name: np.array([values[name] for values in counted]) for name in calls}, turn, settled)
 
 
-def _round(calls: Calls, device: torch.device, turn: int) -> dict[str, float]:
+def _round(calls: Calls, device: torch.device, turn: int, share: int) -> dict[str, float]:
     """One round: name -> mean milliseconds of the copies it used."""
-    counts = {name: min(SHARE, len(copies)) for name, copies in calls.items()}
+    counts = {name: min(share, len(copies)) for name, copies in calls.items()}
     spent = dict.fromkeys(calls, 0.0)
     for step in range(max(counts.values())):
         for name in list(calls) if (turn + step) % 2 == 0 else list(calls)[::-1]:

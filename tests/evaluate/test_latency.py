@@ -155,6 +155,14 @@ def test_warming_up_with_long_calls_is_short(monkeypatch):
     assert done.warm_up == 6 and not done.settled
 
 
+def test_a_long_round_is_a_batch_of_its_own(monkeypatch):
+    times = iter([4.0, 2.0] + [2.0] * 100)
+    monkeypatch.setattr(timing, "_clock", lambda call, device: next(times))
+    monkeypatch.setattr(timing, "LONG_ROUND", 0.0)
+    done = timing.time_rounds({"A": [None]}, rounds=5, device=CPU, batches=9)
+    assert done.warm_up == 3 and done.settled and (done.rounds["A"] == 2000).all()
+
+
 def test_the_interval_is_a_bootstrap_of_the_median():
     values = np.concatenate([np.full(50, 10.0), np.linspace(9, 11, 51)])
     value, low, high = timing.median_interval(values)
