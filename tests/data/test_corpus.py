@@ -34,27 +34,32 @@ def test_a_tenth_of_the_documents_is_held_out_for_evaluation():
     assert len({line[2] for line in lines}) == len(lines)  # no content twice
 
 
-def copied(documents, others, everything):
-    """Share of each document that stands in the others, boilerplate left out."""
-    common, seen = common_shingles([shingles(d.text) for d in everything]), set()
-    for other in others:
-        seen |= shingles(other.text)
-    return [contained_share(shingles(d.text), seen, common) for d in documents]
+def copied(documents, others, common):
+    """Share of each document, given by its shingles, that stands in the others, boilerplate left out."""
+    seen = set().union(*others)
+    return [contained_share(one, seen, common) for one in documents]
 
 
-def test_no_held_out_document_is_a_copy_of_one_in_another_split(splits):
-    everything = sum(splits.values(), [])
-    for split, documents in splits.items():
-        shares = copied(documents, [d for name, ds in splits.items() if name != split for d in ds], everything)
+@pytest.fixture(scope="module")
+def shingled(splits):
+    """The shingles of every held-out document, by split."""
+    return {split: [shingles(d.text) for d in documents] for split, documents in splits.items()}
+
+
+def test_no_held_out_document_is_a_copy_of_one_in_another_split(shingled):
+    common = common_shingles(sum(shingled.values(), []))
+    for split, documents in shingled.items():
+        shares = copied(documents, [one for name, some in shingled.items() if name != split for one in some], common)
         # Documents are kept one after the other, so only the later of two alike has been measured.
         assert sum(share > 0.5 for share in shares) <= 0.01 * len(shares)
 
 
 @pytest.mark.slow
-def test_training_text_holds_no_copy_of_held_out_text(splits):
-    train = read_split("train")
-    for documents in splits.values():
-        shares = copied(documents, train, [*train, *sum(splits.values(), [])])
+def test_training_text_holds_no_copy_of_held_out_text(shingled):
+    train = [shingles(d.text) for d in read_split("train")]
+    common = common_shingles([*train, *sum(shingled.values(), [])])
+    for documents in shingled.values():
+        shares = copied(documents, train, common)
         assert max(shares) < 0.35 and sum(shares) / len(shares) < 0.06
 
 
