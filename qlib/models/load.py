@@ -12,6 +12,7 @@ from torch import nn
 from qlib.errors import UserError
 from qlib.models.checkpoint import TensorEntry, check_entries, check_tokenizer, read_config, read_entries
 from qlib.models.families import CONVERTED, family_of
+from qlib.models.vector_math import call_once
 from qlib.paths import MODELS, shipped_model
 
 __all__ = ["Subject", "Source", "load", "locate", "empty_model", "expected_shapes", "load_tokenizer"]
@@ -137,7 +138,8 @@ def _without_bar() -> Iterator[None]:
 
 
 def empty_model(config: Any) -> nn.Module:
-    """The module tree of a configuration on the meta device: shapes without memory."""
+    """The module tree of a configuration on the meta device: shapes without memory. Every model begins as one."""
+    call_once()
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
