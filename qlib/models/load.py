@@ -138,7 +138,7 @@ def _without_bar() -> Iterator[None]:
 
 
 def empty_model(config: Any) -> nn.Module:
-    """The module tree of a configuration on the meta device: shapes without memory. Every model begins as one."""
+    """The module tree of a configuration on the meta device: shapes without memory. What is loaded begins as one."""
     call_once()
     from transformers import AutoModelForCausalLM
 

@@ -1,8 +1,8 @@
 """Call the functions of the vector library behind torch once, before several threads call one for the first time.
 
 Where the first cosine of a process was asked for by two threads at once (it is that of the rotary tables), one of them
-now and then took it in other last bits than ever after: about one process in sixty on a busy machine. What a library
-looks up in its first call is looked up by one thread here.
+now and then took it in other last bits than ever after, on a busy machine. What a library looks up in its first call is
+looked up by one thread here.
 """
 
 from functools import lru_cache
